@@ -1,0 +1,410 @@
+"""Learned Token Pruning from the command line. `python ltp.py --help` lists the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data import FINAL_TOKEN_THRESHOLD, GLUE, MAX_SEQ_LENGTH, STAGES, TOKEN_KEEP_RATE, InputError, Settings
+
+# Everything that needs torch is imported inside the commands, so that --help answers at once.
+
+
+class Program(click.Group):
+    """Turns bad input into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (InputError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            failure = click.ClickException(str(error))
+            failure.exit_code = 2
+            raise failure from None
+        finally:
+            if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+                sys.modules["torch"].distributed.destroy_process_group()
+
+
+def spelling(name: str) -> str:
+    """Underscores are as good as hyphens: the authors' --save_step, today's --save-step."""
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+@click.group(
+    cls=Program,
+    context_settings={"token_normalize_func": spelling, "help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+def main() -> None:
+    """Learned Token Pruning (LTP): make a RoBERTa-class classifier cheaper by dropping tokens nobody looks at.
+
+    \b
+    The usual way:   finetune  ->  soft (learns the thresholds)  ->  hard (drops the tokens, adapts the weights)
+    The baselines:   finetune  ->  topk,   finetune  ->  manual
+    Try it first:    demo (no data, no network, a few minutes on a CPU)
+
+    Each command's --help tells what it does and what its options mean.
+    """
+
+
+def apply(command: Any, options: list[Any]) -> Any:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def machine_options(command: Any) -> Any:
+    return apply(command, [
+        click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: cuda where there is any]"),
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]),
+                     help="Of the matrix products; scores and thresholds are always fp32.  [default: bf16 on CUDA, else fp32]"),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]"),
+    ])  # fmt: skip
+
+
+def data_options(command: Any) -> Any:
+    return apply(command, [
+        click.option("--task", help=f"A GLUE task: {', '.join(GLUE)} (SST2 and STSB are understood). "
+                     "Leave it away to use your own data."),
+        click.option("--data", type=click.Path(path_type=Path), metavar="PATH",
+                     help="A folder with train.* and dev.* (GLUE's TSV layout, or .csv, .tsv, .jsonl, .parquet), or one file. "
+                          "[default: GLUE from the hub]"),
+        click.option("--dev-data", type=click.Path(path_type=Path), metavar="FILE",
+                     help="The evaluation file, where --data is a file or holds none."),
+        click.option("--text-column", metavar="NAME", help="Column of the text in your own data.  [default: text]"),
+        click.option("--pair-column", metavar="NAME", help="Column of the second text, where there is one."),
+        click.option("--label-column", metavar="NAME", help="Column of the class or score.  [default: label]"),
+        click.option("--regression", is_flag=True, help="Your labels are scores, not classes."),
+        click.option("--max-length", "max_seq_length", type=click.IntRange(2),
+                     help=f"Cut texts to this many tokens.  [default: the checkpoint's, else {MAX_SEQ_LENGTH}]"),
+    ])  # fmt: skip
+
+
+restore_option = click.option(
+    "--restore", required=True, metavar="CKPT", help="Model folder (Hugging Face layout), or a name on the hub."
+)
+
+# Settings that only mean something where thresholds are learned.
+SOFT_ONLY = {"regularization", "temperature", "threshold_learning_rate", "threshold_weight_decay"}
+
+
+def settings_options(stage: str) -> Any:
+    """The options of a stage, made from the fields of `Settings`."""
+
+    def decorate(command: Any) -> Any:
+        options = []
+        for setting in fields(Settings):
+            if setting.name in SOFT_ONLY and stage != "soft":
+                continue
+            metadata = dict(setting.metadata)
+            help, flags = metadata.pop("help"), metadata.pop("flags") or (f"--{setting.name.replace('_', '-')}",)
+            default = STAGES[stage].get(setting.name, setting.default)
+            options.append(click.option(*flags, setting.name, default=default, help=help, show_default=default is not None, **metadata))
+        return apply(command, options)
+
+    return decorate
+
+
+output_options = [
+    click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the checkpoint goes.  [default: see above]"),
+    click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds."),
+]
+THRESHOLD = click.option(
+    "--final-token-threshold", "--threshold", type=float, metavar="θ",
+    help=f"Threshold of the last layer; layer l of L gets θ·l/L.  [default: the checkpoint's, else {FINAL_TOKEN_THRESHOLD}]",
+)  # fmt: skip
+KEEP_RATE = click.option(
+    "--token-keep-rate", type=float, metavar="R",
+    help=f"Share of tokens kept in the last layer; negative is steeper.  [default: the checkpoint's, else {TOKEN_KEEP_RATE}]",
+)  # fmt: skip
+SCORE_NORM = click.option(
+    "--score-norm", type=click.Choice(["max_length", "length"]),
+    help="What scores are averaged over: the --max-length (as the authors) or the text's own length (as the paper's "
+         "formula).  [default: the checkpoint's, else max_length]",
+)  # fmt: skip
+
+
+def stage_command(stage: str, *extra: Any) -> Any:
+    """Registers a training stage: its options, and the call."""
+
+    def decorate(function: Any) -> Any:
+        def callback(**given: Any) -> None:
+            run_stage_command(stage, given)
+
+        callback.__doc__ = function.__doc__
+        command = apply(callback, [restore_option, data_options, *extra, settings_options(stage), *output_options, machine_options])
+        return main.command(stage)(command)
+
+    return decorate
+
+
+@stage_command("finetune")
+def finetune() -> None:
+    """Plain fine-tuning, no pruning: the first step, and the dense model to compare with.
+
+    \b
+    python ltp.py finetune --task MRPC --restore roberta-base
+    python ltp.py finetune --restore roberta-base --data reviews.csv --dev-data reviews-dev.csv --text-column body
+
+    Writes checkpoints/base/TASK/finetune/lr_LR. A small model wants a higher rate and more epochs than RoBERTa-base.
+    """
+
+
+@stage_command("soft", THRESHOLD, SCORE_NORM)
+def soft() -> None:
+    """Learn the thresholds together with the weights (first stage of LTP).
+
+    Every layer's output is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed over
+    the layers) is added to the loss. No token is dropped yet, so this stage costs as much as fine-tuning. Evaluation
+    shows what dropping would do. Follow with `hard`.
+
+    \b
+    python ltp.py soft --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05 --lambda 0.1
+
+    Writes checkpoints/base/TASK/absolute_threshold/rate_θ/temperature_τ/lambda_λ/lr_LR.
+    """
+
+
+@stage_command("hard")
+def hard() -> None:
+    """Drop tokens by the learned thresholds, now frozen, and adapt the weights (second stage of LTP).
+
+    A token whose score falls below its layer's threshold is gone from the next product on, so each step is cheaper
+    than a dense one.
+
+    \b
+    python ltp.py hard --task MRPC --restore CKPT_of_soft --lr 1e-5
+
+    Writes CKPT/hard/lr_LR.
+    """
+
+
+@stage_command("topk", KEEP_RATE)
+def topk() -> None:
+    """Baseline: keep a fixed share of each text's tokens in each layer, the highest scores (SpAtten's schedule).
+
+    The first max(3, 15% of L) layers keep all, then the share falls linearly to --token-keep-rate in the last layer.
+
+    \b
+    python ltp.py topk --task MRPC --restore CKPT_of_finetune --token-keep-rate 0.2
+
+    Writes CKPT/topk/lr_LR.
+    """
+
+
+@stage_command("manual", THRESHOLD, SCORE_NORM)
+def manual() -> None:
+    """Baseline: fixed thresholds θ·l/L that are never learned, tokens dropped from the start.
+
+    \b
+    python ltp.py manual --task MRPC --restore CKPT_of_finetune --final-token-threshold 0.01
+
+    Writes CKPT/hard/lr_LR.
+    """
+
+
+def run_stage_command(stage: str, given: dict[str, Any]) -> None:
+    settings = Settings(**(STAGES[stage] | {f.name: given.pop(f.name) for f in fields(Settings) if f.name in given}))
+    source = make_source(given)
+    with screen() as (show, progress):
+        show("loading ...")
+        from model import find_model
+        from train import PruningOptions, run_stage, start_process
+
+        process = start_process(given["device"], given["precision"], given["threads"], settings.seed)
+        show, progress = (show, progress) if process.main else (quiet, quiet)
+        options = PruningOptions(**{f.name: given[f.name] for f in fields(PruningOptions) if f.name in given})
+        folder, result = run_stage(
+            stage, find_model(given["restore"]), source, settings, options, given["output"], given["overwrite"], process,
+            show, progress,
+        )  # fmt: skip
+    if process.main:
+        evaluation_table([(stage, result.best)])
+        click.echo(f"{result.steps} steps of {result.seconds_per_step:.3f} s (median). Checkpoint: {folder}")
+        following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
+        task = f"--task {given['task']} " if given["task"] else ""
+        data = f"--data {given['data']} " if given["data"] else ""
+        click.echo(f"Next: python ltp.py {following} {task}{data}--restore {folder}")
+
+
+def make_source(given: dict[str, Any]) -> Any:
+    """The task and its data from the options. Raises: InputError."""
+    from data import Source, custom_task, find_task
+
+    columns = [given[name] for name in ("text_column", "pair_column", "label_column")]
+    if given["task"]:
+        if any(columns) or given["regression"]:
+            raise InputError("--task knows its columns; leave --text-column, --pair-column, --label-column and --regression away")
+        return Source(find_task(given["task"]), given["data"], given["dev_data"])
+    if not given["data"]:
+        raise InputError("pass --task NAME for GLUE, or --data PATH for your own data")
+    return Source(custom_task(*columns, given["regression"]), given["data"], given["dev_data"])
+
+
+@main.command("eval")
+@restore_option
+@data_options
+@click.option("--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Examples run together.")
+@click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the result there too.")
+@machine_options
+def eval_command(**given: Any) -> None:
+    """Evaluate a checkpoint: metrics, FLOPs beside dense, tokens kept in each layer.
+
+    \b
+    python ltp.py eval --task MRPC --restore CKPT --json result.json
+
+    FLOPs are the encoder layers' (embeddings and head are not counted), 2 a multiply-accumulate, by the formula
+    4·D²·n_in + 2·D·n_in² + 2·D·F·n_out a layer, n_in before and n_out after pruning.
+    """
+    source = make_source(given)
+    from model import find_model, write_file
+    from train import evaluate_checkpoint, start_process
+
+    process = start_process(given["device"], given["precision"], given["threads"])
+    evaluation = evaluate_checkpoint(
+        find_model(given["restore"]), source, process, given["batch_size"], given["max_seq_length"], given["dense"]
+    )
+    if not process.main:
+        return
+    record = {"task": source.task.name} | vars(evaluation)
+    evaluation_table([("dense" if given["dense"] else "eval", record)])
+    if given["json_file"]:
+        write_file(given["json_file"], lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+
+
+@main.command()
+@click.argument("text", required=False)
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub.")
+@click.option("--pair", metavar="TEXT", help="The second text, for a task on pairs.")
+@click.option("--input", "input_file", metavar="FILE", type=click.Path(path_type=Path),
+              help='JSON lines {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}.')  # fmt: skip
+@click.option("--output", "output_file", metavar="FILE", type=click.Path(path_type=Path), help="Where the answers go.  [default: standard output]")
+@click.option("--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Lines run together.")
+@click.option("--max-length", "max_seq_length", type=click.IntRange(2), help="Cut texts to this many tokens.  [default: the checkpoint's]")
+@click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
+@machine_options
+def predict(text: str | None, **given: Any) -> None:
+    """Classify TEXT, or each line of a file, in order, in memory that does not grow with the file.
+
+    \b
+    python ltp.py predict --restore CKPT "a gripping, funny film"
+    python ltp.py predict --restore CKPT --input texts.jsonl --output answers.jsonl
+
+    An answer is {"label": …, "logits": […], "kept": [tokens leaving each layer]}.
+    """
+    if (text is None) == (given["input_file"] is None):
+        raise click.UsageError("pass either TEXT or --input FILE")
+    from model import find_model
+    from train import Predictor, predict_file, start_process
+
+    process = start_process(given["device"], given["precision"], given["threads"])
+    predictor = Predictor(find_model(given["restore"]), process, given["batch_size"], given["max_seq_length"], given["dense"])
+    if text is not None:
+        record = {"text": text} | ({} if given["pair"] is None else {"text_pair": given["pair"]})
+        click.echo(json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False))
+    else:
+        with screen() as (_, progress):
+            count = predict_file(predictor, given["input_file"], given["output_file"], progress)
+        click.echo(f"{count:,} lines answered", err=True)
+    if predictor.truncated:
+        click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR", help="Where everything goes.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo there.")
+@click.option("--seed", default=42, show_default=True, help="Of data, weights and training.")
+@machine_options
+def demo(output: Path, overwrite: bool, seed: int, **given: Any) -> None:
+    """The whole pipeline in miniature: no network, minutes on a CPU.
+
+    Makes reviews in which a few words matter, trains a tokenizer and a small RoBERTa on them from scratch, and then runs
+    finetune, soft, hard, topk and manual exactly as the commands do, showing each command line.
+    """
+    with screen() as (show, progress):
+        show("loading ...")
+        from train import run_demo, start_process
+
+        process = start_process(given["device"], given["precision"], given["threads"], seed)
+        result = run_demo(output, seed, overwrite, process, show, progress)
+    evaluation_table(result.rows)
+    print_survivors(result.tokens, result.survivors, result.label)
+    click.echo(
+        "\nOn real data (GLUE from the hub, or --data with your own files):\n"
+        "  python ltp.py finetune --task MRPC --restore roberta-base\n"
+        "  python ltp.py soft     --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05\n"
+        "then hard, topk and manual as above."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Printing
+
+
+def quiet(*args: Any, **state: Any) -> None:
+    pass
+
+
+def screen() -> Any:
+    """A context that gives (show, progress): a line above the bar, and the bar's state."""
+    import contextlib
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextlib.contextmanager
+    def opened():
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            tasks: list[Any] = []
+
+            def progress(step: int, steps: int | None, **state: Any) -> None:
+                description = "  ".join(f"{k} {v:.4f}" for k, v in state.items() if v is not None)
+                if not tasks:
+                    tasks.append(bar.add_task(description, total=steps))
+                bar.update(tasks[0], completed=step, total=steps, description=description)
+
+            yield (lambda line: console.print(line, markup=False)), progress
+
+    return opened()
+
+
+def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Prints evaluations side by side on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    names = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
+    speed = any("speedup" in record for _, record in rows)
+    for name in ("", *names, "score", "GFLOPs", "rel. FLOPs", *(["measured speed"] if speed else []), "kept after each layer"):
+        table.add_column(name, justify="left" if name in ("", "kept after each layer") else "right", no_wrap=True)
+    for title, record in rows:
+        cells = [title, *(f"{record['metrics'][name]:.4f}" for name in names), f"{record['score']:.4f}",
+                 f"{record['gflops']:.3g}", f"{record['relative_flops']:.3f}"]  # fmt: skip
+        if speed:
+            cells.append(f"{record['speedup']:.2f}x")
+        table.add_row(*cells, " ".join(f"{share:.2f}" for share in record["kept"]))
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def print_survivors(tokens: list[str], layers: list[set[int]], label: str) -> None:
+    """Prints a text once a layer, a dropped token as a dot."""
+    click.echo(f"\nOne example, predicted {label}; what is left of it after each layer:\n")
+    click.echo(f"  input    {' '.join(tokens)}")
+    for number, alive in enumerate(layers, 1):
+        click.echo(f"  layer {number}  " + " ".join(t if i in alive else "·" for i, t in enumerate(tokens)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,803 @@
+"""Learned Token Pruning (LTP) for RoBERTa-class encoders, in one file.
+
+Paper: Kim et al., "Learned Token Pruning for Transformers", KDD 2022, https://arxiv.org/abs/2107.00910
+
+The method. Self-attention already says how much every token is looked at. In each layer LTP averages, over heads and
+queries, the attention probability a token receives, and drops the token when that importance falls below the layer's
+threshold; later layers then work on a shorter sequence. The thresholds are learned: in the *soft* stage a sigmoid
+stands for the decision, so that the loss and a regulariser that asks for fewer tokens can move them; in the *hard*
+stage they are frozen, tokens are really dropped, and the weights adapt.
+
+How it is made fast. A batch is one flat run of tokens without padding, so that dropping tokens is `x = x[keep]` and
+every later matrix product is that much smaller, at any batch size, in training and in inference. Sequences meet only
+inside attention.
+
+Legend. B sequences in a batch, T tokens in the batch (all sequences together, shrinking from layer to layer),
+D hidden size, H heads, d = D / H head size, F intermediate size, L layers, n length of a sequence, l layer counted
+from 1, θ_l threshold, τ temperature. `keep[t] == True` means that token t survives.
+
+Departures from the authors' release, where each was a choice:
+- the first token (CLS, <s>) always survives and its soft mask is 1: the classifier reads it;
+- layers count from 1 in θ_l = θ_final · l / L, as the authors' README says (their code counts from 0);
+- the thresholds are one learnable vector, saved with the weights as `ltp.thresholds`;
+- the regulariser runs over real tokens only, and dropout never touches a score;
+- the top-k rate is clamped at 0, not 0.01;
+- in the last layer a classifier needs the output of the first token only, so only that one is computed.
+
+Read it top to bottom: configuration, pruning rules, attention, layer, encoder, head, checkpoints, FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data import InputError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+# Which base a model type is read as: RoBERTa counts positions from pad + 1 and keeps its pooling layer in the
+# classifier; BERT counts from 0 and has a pooler. I-BERT in floating point and the authors' LTP are RoBERTa by arithmetic.
+FAMILY = {
+    "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta", "ibert": "roberta", "ltp": "roberta",
+    "bert": "bert",
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+PRUNE_MODES = ("absolute_threshold", "topk", None)
+SCORE_NORMS = ("max_length", "length")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The keys of a Hugging Face config.json that this encoder uses, and the pruning settings.
+
+    `other` holds the file's remaining keys, so that saving a model gives them back untouched.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    model_type: str = "roberta"
+    type_vocab_size: int = 2
+    pad_token_id: int = 1
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the class names in id order; exactly one means regression
+    # Pruning.
+    prune_mode: str | None = None  # what inference does: "absolute_threshold", "topk", or None for the dense model
+    final_token_threshold: float = 0.01  # θ_final, where the thresholds start from
+    token_keep_rate: float = 0.2  # share of tokens that top-k keeps in the last layer; negative is steeper
+    score_norm: str = "max_length"  # the N of the importance score, see `importance`
+    max_seq_length: int = 128  # texts are cut to this many tokens; N when score_norm is "max_length"
+    other: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def family(self) -> str:
+        return FAMILY[self.model_type]
+
+    @property
+    def position_offset(self) -> int:
+        """Row of the position table that the first token of a sequence reads."""
+        return self.pad_token_id + 1 if self.family == "roberta" else 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence that the position table can hold."""
+        return self.max_position_embeddings - self.position_offset
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config.json") -> Config:
+        """Checks and converts the content of a config.json.
+
+        Raises: InputError naming the file, the key and the value for a missing key, a value of the wrong kind or out
+        of range, or a setting that this encoder does not have.
+        """
+
+        def bad(key: str, remedy: str) -> InputError:
+            return InputError(f"{where}: {key} = {raw.get(key)!r}: {remedy}")
+
+        if not isinstance(raw, dict):
+            raise InputError(f"{where}: expected a JSON object, found {type(raw).__name__}")
+        model_type = raw.get("model_type")
+        if model_type not in FAMILY:
+            raise bad("model_type", f"supported are {', '.join(FAMILY)}")
+        for key, wanted in (
+            ("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False),
+            ("quant_mode", False),
+        ):
+            if raw.get(key, wanted) not in (wanted, None):
+                reason = "integer-only inference is not implemented, use the floating-point checkpoint"
+                raise bad(key, reason if key == "quant_mode" else f"not supported, only {json.dumps(wanted)} is")
+        if raw.get("pruned_heads"):
+            raise bad("pruned_heads", "not supported, only models with all their heads are")
+
+        values = {}
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                    "max_position_embeddings", "type_vocab_size", "max_seq_length"):  # fmt: skip
+            if key not in raw and hasattr(cls, key):
+                continue  # has a default
+            if key not in raw:
+                raise InputError(f"{where}: the key {key} is missing")
+            if type(raw[key]) is not int or raw[key] < 1:
+                raise bad(key, "expected a whole number of at least 1")
+            values[key] = raw[key]
+        pad = raw.get("pad_token_id")
+        values["pad_token_id"] = pad = (1 if FAMILY[model_type] == "roberta" else 0) if pad is None else pad
+        if type(pad) is not int or not 0 <= pad < values["vocab_size"]:
+            raise bad("pad_token_id", "expected a token id below vocab_size")
+        for key, low, high in (
+            ("layer_norm_eps", 0, 1), ("initializer_range", 0, 10), ("hidden_dropout_prob", 0, 1),
+            ("attention_probs_dropout_prob", 0, 1), ("classifier_dropout", 0, 1),
+            ("final_token_threshold", -math.inf, math.inf), ("token_keep_rate", -math.inf, 1),
+        ):
+            if raw.get(key) is None:
+                continue
+            if type(raw[key]) not in (int, float) or not (low <= raw[key] <= high) or math.isinf(raw[key]):
+                limits = f" from {low} to {high}" if high == 1 and low == 0 else f" of at most {high}" if high == 1 else ""
+                raise bad(key, f"expected a number{limits}")
+            values[key] = float(raw[key])
+        for key, allowed in (("hidden_act", ACTIVATIONS), ("prune_mode", PRUNE_MODES), ("score_norm", SCORE_NORMS)):
+            if key in raw:
+                if not isinstance(raw[key], (str, type(None))) or raw[key] not in allowed:
+                    raise bad(key, f"supported are {', '.join('null' if a is None else a for a in allowed)}")
+                values[key] = raw[key]
+        if values["hidden_size"] % values["num_attention_heads"]:
+            raise bad("hidden_size", f"not a multiple of num_attention_heads = {values['num_attention_heads']}")
+
+        names = raw.get("id2label")
+        if names is None:
+            count = raw.get("num_labels", 2)
+            if type(count) is not int or count < 1:
+                raise bad("num_labels", "expected a whole number of at least 1")
+            values["labels"] = tuple(f"LABEL_{i}" for i in range(count))
+        else:
+            ids = [str(i) for i in range(len(names))] if isinstance(names, dict) else None
+            if not ids or sorted(names) != sorted(ids) or not all(isinstance(n, str) for n in names.values()):
+                raise bad("id2label", 'expected names for the ids from "0" on without a gap')
+            values["labels"] = tuple(names[i] for i in ids)
+        config = cls(model_type=model_type, other=dict(raw), **values)
+        if config.max_tokens < 2:
+            raise bad("max_position_embeddings", "leaves no room for a sequence")
+        return config
+
+    def to_dict(self) -> dict:
+        """The config.json of this model: the keys it came with, brought up to date."""
+        # I-BERT's and the authors' model types would make other libraries look for buffers that are not there.
+        model_type = "roberta" if self.model_type in ("ibert", "ltp") else self.model_type
+        prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}[model_type]
+        raw = {k: v for k, v in self.other.items() if k not in ("quant_mode", "force_dequant", "num_labels", "_name_or_path")}
+        for key in self.__dataclass_fields__:
+            if key not in ("labels", "other"):
+                raw[key] = getattr(self, key)
+        return raw | {
+            "model_type": model_type,
+            "architectures": [f"{prefix}ForSequenceClassification"],
+            "id2label": {str(i): name for i, name in enumerate(self.labels)},
+            "label2id": {name: i for i, name in enumerate(self.labels)},
+            "problem_type": "regression" if len(self.labels) == 1 else "single_label_classification",
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sequences in a flat run of tokens
+
+
+def sequence_starts(lengths: Tensor) -> Tensor:
+    """Where each sequence's first token stands: lengths (B,) -> indices (B,) into the flat run."""
+    return lengths.cumsum(0) - lengths
+
+
+def sequence_ids(lengths: Tensor) -> Tensor:
+    """Which sequence each token belongs to: lengths (B,) -> (T,)."""
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
+def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums per-token integers over each sequence: values (T,), lengths (B,) -> (B,)."""
+    return torch.zeros_like(lengths).index_add_(0, sequence_ids(lengths), values.to(lengths.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pruning rules: what the project is about
+
+
+def threshold_ladder(final_token_threshold: float, num_layers: int) -> Tensor:
+    """Thresholds that grow linearly, θ_l = θ_final · l / L (L,): the start of learning, and the manual baseline."""
+    return final_token_threshold * torch.arange(1, num_layers + 1, dtype=torch.float32) / num_layers
+
+
+def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, first: Tensor) -> Tensor:
+    """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the first token of each sequence.
+
+    importance (T,), threshold (), first (B,) indices -> (T,) in (0, 1]. Its gradient reaches scores and threshold.
+    """
+    return torch.sigmoid((importance - threshold) / temperature).index_fill(0, first, 1.0)
+
+
+def keep_by_threshold(importance: Tensor, threshold: Tensor, first: Tensor) -> Tensor:
+    """A token survives if s >= θ, equation 4 of the paper; the first of each sequence always does.
+
+    importance (T,), threshold (), first (B,) indices -> keep (T,) bool.
+    """
+    return (importance >= threshold).index_fill(0, first, True)
+
+
+def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
+    """Share of the original tokens that top-k keeps in each layer (L,): all in the first max(3, ⌈0.15 L⌉) layers, then
+    linearly down to `token_keep_rate` in the last one, never below 0 (Wang et al., SpAtten, arXiv 2012.09852)."""
+    dense = max(3, math.ceil(0.15 * num_layers))
+    return [1.0 if l <= dense else max(0.0, 1.0 + (token_keep_rate - 1.0) * (l - dense) / (num_layers - dense))
+            for l in range(1, num_layers + 1)]  # fmt: skip
+
+
+def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
+    """round(n · rate) tokens of each sequence, halves to even, at least the first one: (B,) -> (B,)."""
+    return torch.round(original_lengths.double() * rate).long().clamp(min=1)
+
+
+def keep_topk(importance: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` (B,) most important tokens of each sequence survive, the first of each always; ties go to the left.
+
+    importance (T,), lengths (B,) -> keep (T,) bool.
+    """
+    first = sequence_starts(lengths)
+    ids = sequence_ids(lengths)
+    # Sort by importance, then stably by sequence: each sequence's tokens stand together, best first.
+    order = importance.index_fill(0, first, math.inf).argsort(descending=True, stable=True)
+    order = order[ids[order].argsort(stable=True)]
+    rank = torch.arange(len(order), device=order.device) - first[ids]
+    return torch.empty_like(rank, dtype=torch.bool).index_put((order,), rank < counts[ids])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, alive: Tensor | None, dropout: float, score: bool, cls_only: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention of b sequences laid on a grid, and what each token received.
+
+    query, key, value (b, H, n, d) (query may have fewer rows); alive (b, n) tells tokens from padding, None: all are.
+    Returns the context (b, H, queries, d), the first query's alone if `cls_only`, and, if `score`, the attention
+    probability that each token receives, summed over heads and alive queries (b, n), before dropout, in float32.
+    """
+    mask = None if alive is None else alive[:, None, None, :]
+    if not score:
+        query = query[:, :, :1] if cls_only else query
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
+    logits = (query * query.size(-1) ** -0.5) @ key.mT  # (b, H, n, n)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    probs = logits.softmax(-1, dtype=torch.float32)
+    received = probs.sum((1, 2)) if alive is None else torch.einsum("bhij,bi->bj", probs, alive.float())
+    probs = F.dropout(probs[:, :, :1] if cls_only else probs, dropout)
+    return probs.to(value.dtype) @ value, received
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over a flat run of tokens; query, key and value are one product."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, lengths: Tensor, score: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+        """x (T, D), lengths (B,) -> attended (T, D), or (B, D) of the first tokens if `cls_only`; received (T,)."""
+        D = x.size(1)
+        sizes = lengths.tolist()  # on CUDA the one synchronisation of the layer: shapes depend on the data
+        groups = attention_groups(sizes, *((2**24, math.inf) if x.is_cuda else (40_000, 500)))
+        tokens = [sum(group) for group in groups]
+        if cls_only and not score:  # one query a sequence will do
+            weight, bias = self.query_key_value.weight, self.query_key_value.bias
+            queries = F.linear(x[sequence_starts(lengths)], weight[:D], bias[:D]).split([len(g) for g in groups])
+            keys_values = F.linear(x, weight[D:], bias[D:]).split(tokens)
+        else:
+            queries = None
+            keys_values = self.query_key_value(x).split(tokens)
+
+        contexts, received = [], []
+        for i, (group, projected) in enumerate(zip(groups, keys_values)):
+            grid, alive, index = to_grid(projected, group)  # (b, n, 3D or 2D)
+            b, n = grid.shape[:2]
+            parts = grid.view(b, n, -1, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
+            key, value = parts[-2:]
+            query = parts[0] if queries is None else queries[i].view(b, 1, self.num_heads, -1).transpose(1, 2)
+            dropout = self.dropout if self.training else 0.0
+            context, group_received = attend(query, key, value, alive, dropout, score, cls_only)
+            context = context.transpose(1, 2).reshape(-1, D)
+            contexts.append(context if cls_only or index is None else context[index])
+            if score:
+                group_received = group_received.flatten()
+                received.append(group_received if index is None else group_received[index])
+        return self.output(torch.cat(contexts)), torch.cat(received) if score else None
+
+
+def attention_groups(lengths: list[int], max_area: int, max_waste: float) -> list[list[int]]:
+    """Cuts a batch into runs of consecutive sequences that are attended together on one grid.
+
+    max_area: of a grid, b · n_max² attention probabilities a head; a longer sequence stands alone.
+    max_waste: how many of them, a sequence, may be padding. Large grids leave a CPU's cache and padding costs it time,
+    while a GPU wants few kernels; the CPU's limits were measured.
+
+    >>> attention_groups([5, 5, 6, 30, 2], 1000, 30)
+    [[5, 5, 6], [30], [2]]
+    """
+    groups: list[list[int]] = []
+    for n in lengths:
+        if groups:
+            longer = [*groups[-1], n]
+            area = len(longer) * max(longer) ** 2
+            if area <= max_area and area - sum(m * m for m in longer) <= max_waste * len(longer):
+                groups[-1].append(n)
+                continue
+        groups.append([n])
+    return groups
+
+
+def to_grid(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Lays a flat run of sequences (T, C) on a grid (b, n_max, C).
+
+    Returns the grid; alive (b, n_max) bool; and index (T,), each token's place on the flattened grid. The last two are
+    None where all sequences are of one length: there is no padding, and the grid is only a view.
+    """
+    b, n_max = len(lengths), max(lengths)
+    if b * n_max == len(x):
+        return x.view(b, n_max, -1), None, None
+    alive = torch.arange(n_max, device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+    index = alive.flatten().nonzero().squeeze(1)
+    return x.new_zeros(b * n_max, x.size(1)).index_copy(0, index, x).view(b, n_max, -1), alive, index
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layer, embeddings, encoder
+
+
+class Layer(nn.Module):
+    """One post-norm Transformer layer in two blocks, with the place for pruning between them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, eps = config.hidden_size, config.layer_norm_eps
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(D, eps)
+        self.intermediate = nn.Linear(D, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, D)
+        self.output_norm = nn.LayerNorm(D, eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def attention_block(self, x: Tensor, lengths: Tensor, score: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+        """x (T, D) -> x (T, D), or (B, D) if `cls_only`; attention received by each token (T,) if `score`."""
+        attended, received = self.attention(x, lengths, score, cls_only)
+        residual = x[sequence_starts(lengths)] if cls_only else x
+        return self.attention_norm(residual + self.dropout(attended)), received
+
+    def feed_forward_block(self, x: Tensor) -> Tensor:
+        """x (T, D) -> (T, D)."""
+        return self.output_norm(x + self.dropout(self.output(self.activation(self.intermediate(x)))))
+
+
+class Embeddings(nn.Module):
+    """Word, position and segment embeddings, summed and normalised."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_offset = config.position_offset
+
+    def forward(self, token_ids: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
+        """Three (T,) -> (T, D)."""
+        x = self.word(token_ids) + self.segment(segment_ids) + self.position(positions + self.position_offset)
+        return self.dropout(self.norm(x))
+
+
+class LayerTrace(NamedTuple):
+    """What one layer saw and decided, T_l tokens entering it."""
+
+    tokens: Tensor  # (T_l,) their indices in the batch as it was given
+    importance: Tensor  # (T_l,) s_l
+    keep: Tensor  # (T_l,) bool
+
+
+class Output(NamedTuple):
+    """What the model returns."""
+
+    logits: Tensor  # (B, labels)
+    kept: Tensor  # (L, B) int64, tokens of each sequence leaving each layer
+    soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
+    hidden: Tensor | None  # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
+    trace: list[LayerTrace] | None  # L of them if `trace`
+
+
+class Model(nn.Module):
+    """The packed, pruned encoder with a classification or regression head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.head = Head(config)
+        self.thresholds = nn.Parameter(
+            threshold_ladder(config.final_token_threshold, config.num_hidden_layers), requires_grad=False
+        )
+
+    @property
+    def pruning(self) -> str:
+        """How this model prunes in inference, from its configuration: "none", "hard" or "topk"."""
+        return {None: "none", "absolute_threshold": "hard", "topk": "topk"}[self.config.prune_mode]
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        pruning: str | None = None,
+        temperature: float | None = None,
+        per_token: bool = False,
+        trace: bool = False,
+    ) -> Output:
+        """Classifies a packed batch.
+
+        token_ids, segment_ids, positions (T,): the sequences one after the other; positions count from 0 in each.
+        lengths (B,): their lengths, each at least 1.
+        pruning: "none", "soft" (needs `temperature`), "hard" or "topk"; default: what the configuration says.
+        per_token: also return each token's last hidden state, pruned tokens' included, in the order given.
+        trace: also return every layer's scores and decisions.
+        """
+        pruning = self.pruning if pruning is None else pruning
+        config, L = self.config, len(self.layers)
+        original_lengths = lengths
+        # Which layers can drop anything: where none can, no score is computed and attention takes its fastest form.
+        rates = topk_rates(config.token_keep_rate, L)
+        thresholds = self.thresholds.tolist() if pruning == "hard" else None
+        kept, traces, soft_mask_sum = [], [], None
+        tokens = torch.arange(len(token_ids), device=token_ids.device)  # which of the T tokens are still here
+        dropped_tokens, dropped_states = [], []
+
+        x = self.embeddings(token_ids, segment_ids, positions)
+        for index, layer in enumerate(self.layers):
+            cls_only = index == L - 1 and not per_token  # a classifier reads nothing else of the last layer
+            prunes = (
+                pruning == "soft"
+                or pruning == "hard" and thresholds[index] > 0
+                or pruning == "topk" and rates[index] < 1
+            )
+            # In the last layer top-k's counts are known without the scores; a threshold's are not.
+            score = trace or prunes and not (cls_only and pruning == "topk")
+            x, received = layer.attention_block(x, lengths, score, cls_only)
+
+            # Importance s_l (T,), equation 3 of the paper: attention received, averaged over heads and over N.
+            first = sequence_starts(lengths)
+            keep = None
+            if score:
+                N = config.max_seq_length if config.score_norm == "max_length" else original_lengths[sequence_ids(lengths)]
+                importance = received / (config.num_attention_heads * N)
+                if pruning == "soft":
+                    mask = soft_mask(importance, self.thresholds[index], temperature, first)
+                    soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
+                elif pruning == "hard" and prunes:
+                    keep = keep_by_threshold(importance, self.thresholds[index], first)
+                elif pruning == "topk" and prunes:
+                    keep = keep_topk(importance, lengths, topk_counts(original_lengths, rates[index]))
+                if trace:
+                    traces.append(LayerTrace(tokens, importance, torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep))
+
+            # Drop: from here on a pruned token is in no product. (In the last layer x may hold the first tokens only.)
+            if keep is not None:
+                if per_token:
+                    dropped_tokens.append(tokens[~keep])
+                    dropped_states.append(x[~keep])
+                if not cls_only:
+                    x = x[keep]
+                tokens, lengths = tokens[keep], sum_by_sequence(keep, lengths)
+            elif prunes and pruning == "topk":
+                lengths = topk_counts(original_lengths, rates[index])
+            kept.append(lengths)
+
+            x = layer.feed_forward_block(x)
+            if pruning == "soft":
+                x = x if cls_only else x * mask[:, None].to(x.dtype)  # the first token's mask is 1
+
+        hidden = None
+        if per_token:
+            order = torch.cat([*dropped_tokens, tokens])
+            hidden = torch.cat([*dropped_states, x])[order.argsort()]
+            x = x[sequence_starts(lengths)]
+        return Output(self.head(x), torch.stack(kept), soft_mask_sum, hidden, traces if trace else None)
+
+
+class Head(nn.Module):
+    """Reads the first token's state: (B, D) -> logits (B, labels). BERT's pooler is the same dense layer."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, len(config.labels))
+        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(rate)
+        self.input_dropout = nn.Dropout(rate if config.family == "roberta" else 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.dropout(torch.tanh(self.dense(self.input_dropout(x)))))
+
+
+def initialize(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
+    """Fresh weights for a model trained from scratch, or for a new head: normal with `std`, biases 0, norms 1."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=std, generator=generator)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+        if isinstance(part, (nn.Linear, nn.LayerNorm)):
+            nn.init.zeros_(part.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
+    """Multiply-accumulates of each sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out summed over the layers.
+
+    lengths (B,) and kept (L, B), int64 -> (B,) int64; 2 FLOPs each. The formula of the authors' release with the true
+    feed-forward width: it follows the pruning rule alone, so embeddings, head and the last layer's saving do not count.
+    The dense model's are those with `kept` equal to `lengths` in every layer.
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    entering = torch.cat([lengths[None], kept[:-1]])
+    return (4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept).sum(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: ordinary Hugging Face folders
+
+THRESHOLDS = "ltp.thresholds"
+# Ours -> theirs, after the family's prefix. Query, key and value are three tensors there and one here.
+LAYER_NAMES = {
+    "attention.query_key_value": "attention.self.{query,key,value}",
+    "attention.output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
+}
+EMBEDDING_NAMES = {
+    "word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings", "norm": "LayerNorm",
+}
+HEAD_NAMES = {
+    "roberta": {"dense": "classifier.dense", "output": "classifier.out_proj"},
+    "bert": {"dense": "bert.pooler.dense", "output": "classifier"},
+}
+# Tensors that a folder may hold and this encoder has no use for: pretraining heads, poolers that a RoBERTa classifier
+# does not read, position indices, and I-BERT's quantization buffers.
+UNUSED = re.compile(
+    r"^(lm_head|cls|qa_outputs)\.|^(roberta|ibert|ltp)?\.?pooler\.|(^|\.)position_ids$|"
+    r"\.(x_min|x_max|act_scaling_factor|weight_integer|weight_scaling_factor|bias_integer|fc_scaling_factor|shift)$"
+)
+
+
+def tensor_names(name: str, family: str) -> list[str]:
+    """The checkpoint's name of one of our parameters; three for the fused query, key and value.
+
+    >>> tensor_names("layers.0.attention.query_key_value.bias", "bert")[1]
+    'bert.encoder.layer.0.attention.self.key.bias'
+    """
+    if name == "thresholds":
+        return [THRESHOLDS]
+    path, kind = name.rsplit(".", 1)
+    group, rest = path.split(".", 1)
+    if group == "head":
+        return [f"{HEAD_NAMES[family][rest]}.{kind}"]
+    if group == "embeddings":
+        return [f"{family}.embeddings.{EMBEDDING_NAMES[rest]}.{kind}"]
+    number, rest = rest.split(".", 1)
+    theirs = f"{family}.encoder.layer.{number}.{LAYER_NAMES[rest]}.{kind}"
+    parts = ("query", "key", "value")
+    return [theirs.replace("{query,key,value}", part) for part in parts] if "{" in theirs else [theirs]
+
+
+class Loaded(NamedTuple):
+    """What `load_model` returns."""
+
+    model: Model
+    has_thresholds: bool  # whether the folder held thresholds of its own
+    notes: list[str]  # what the user should be told
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: `name` itself, or the copy of a hub model in the local cache, fetched at need.
+
+    Raises: InputError if it is neither.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.txt", "model*.safetensors"]
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+        return folder
+    except Exception as error:  # offline, unknown or private: the library's errors have no common class
+        raise InputError(
+            f"--restore {name}: no such folder here, and the hub did not give a model of that name ({type(error).__name__})"
+        ) from None
+
+
+def load_config(folder: str | Path) -> Config:
+    """Reads the folder's config.json. Raises: InputError."""
+    path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise InputError(f"{folder}: no such model folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; a model folder has config.json, its weights and its tokenizer") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    return Config.from_dict(raw, str(path))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder: model.safetensors or else pytorch_model.bin, each in one file or in shards.
+
+    Raises: InputError for a missing or damaged file. Pickles are read with weights_only=True: they cannot run code.
+    """
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        path = folder / name
+        if path.is_file():
+            break
+    else:
+        raise InputError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin")
+    shards = [path]
+    if name.endswith(".index.json"):
+        try:
+            shards = sorted({folder / shard for shard in json.loads(path.read_text("utf-8"))["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{path}: not a shard index ({type(error).__name__}: {error})") from None
+    tensors = {}
+    for shard in shards:
+        try:
+            if ".safetensors" in name:
+                with safe_open(shard, "pt") as file:
+                    tensors |= {key: file.get_tensor(key) for key in file.keys()}
+            else:
+                tensors |= torch.load(shard, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"{shard}: not found, though {path.name} names it") from None
+        except Exception as error:  # damaged files raise whatever their readers meet first
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InputError(f"{shard}: damaged or not a weights file ({type(error).__name__}: {reason})") from None
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise InputError(f"{path}: holds other things than tensors; expected a state dict")
+    return tensors
+
+
+def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, **changes) -> Loaded:
+    """Reads a model folder, in float32 on the CPU, in evaluation mode.
+
+    labels: names of the classes the head must have. A folder without a head, or with one for another number of
+    classes, gets a fresh head and a note. Without `labels` a missing head is an error.
+    changes: configuration fields to replace.
+    Raises: InputError naming file and tensor for whatever is missing, unknown, of a wrong shape or not finite.
+    """
+    folder = Path(folder)
+    config = replace(load_config(folder), **changes)
+    family = config.family
+    # Bare encoders have no prefix; I-BERT and the authors' LTP have their own.
+    prefix = re.compile(r"^(roberta|bert|ibert|ltp)\.|^(?=(embeddings|encoder|pooler)\.)")
+    tensors = {prefix.sub(f"{family}.", name) if name != THRESHOLDS else name: tensor
+               for name, tensor in read_tensors(folder).items()}  # fmt: skip
+    notes = []
+
+    head_weight = f"{HEAD_NAMES[family]['output']}.weight"
+    old_head = tensors.get(head_weight)
+    if labels is None and old_head is None:
+        raise InputError(f"{folder}: the classification head ({head_weight}) is missing; fine-tune this model first")
+    fresh = {}
+    if labels is not None:
+        if old_head is None or len(old_head) != len(labels):
+            found = "the folder has none" if old_head is None else f"the folder's has {len(old_head)} outputs"
+            notes.append(f"the classification head is new, with {len(labels)} outputs: {found}")
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+            head = Head(replace(config, labels=tuple(labels)))
+            initialize(head, config.initializer_range)
+            fresh = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+        config = replace(config, labels=tuple(labels))
+    has_thresholds = THRESHOLDS in tensors
+    fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
+
+    with torch.device("meta"):  # no time or memory for weights that are replaced at once
+        model = Model(config)
+    state = {}
+    for name, parameter in model.state_dict().items():
+        names = tensor_names(name, family)
+        if name in fresh and names[0] not in tensors:
+            state[name] = fresh[name]
+            continue
+        wanted = (parameter.size(0) // len(names), *parameter.shape[1:])
+        for part in names:
+            if part not in tensors:
+                raise InputError(f"{folder}: the tensor {part} is missing from the weights")
+            if tuple(tensors[part].shape) != wanted:
+                shape = tuple(tensors[part].shape)
+                raise InputError(f"{folder}: the tensor {part} has shape {shape}, but config.json asks for {wanted}")
+            if not tensors[part].is_floating_point() or not tensors[part].isfinite().all():
+                raise InputError(f"{folder}: the tensor {part} holds values that are not finite numbers")
+        state[name] = torch.cat([tensors.pop(part).float() for part in names])
+    unknown = sorted(name for name in tensors if not UNUSED.search(name))
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise InputError(f"{folder}: the tensor {unknown[0]}{more} is not part of a {config.model_type} classifier")
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True).thresholds.requires_grad_(False)
+    return Loaded(model.eval(), has_thresholds, notes)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside and renames, so that `path` is at every moment either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(beside))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # mkstemp's files are private
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def save_model(folder: str | Path, model: Model) -> None:
+    """Writes config.json and model.safetensors; `transformers` opens the folder as the dense model."""
+    config, tensors = model.config, {}
+    for name, tensor in model.state_dict().items():
+        if name == "thresholds" and config.prune_mode != "absolute_threshold":
+            continue
+        names = tensor_names(name, config.family)
+        tensors |= zip(names, (part.cpu().contiguous() for part in tensor.chunk(len(names))))
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_file(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -1,0 +1,712 @@
+"""The training loop of every stage, evaluation, and prediction: one process or many, under torchrun.
+
+Reads top to bottom: processes, precision, optimizer and schedule, the loss, evaluation, the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from data import (
+    STAGES, Examples, InputError, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
+    evaluate_predictions, load_examples, pack, write_demo,
+)  # fmt: skip
+from model import (
+    Config, Model, initialize, load_config, load_model, macs, save_model, threshold_ladder, write_file,
+)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and precision
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all: `rank` of `world`, computing on `device` in `precision` ("fp32" or "bf16")."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """bf16 for the matrix products; softmax, scores, masks and thresholds stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds a tensor up over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list:
+        """Every process's value, in rank order, on every process."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start_process(device: str | None = None, precision: str | None = None, threads: int | None = None, seed: int = 42) -> Process:
+    """Joins torchrun's process group where there is one, picks the device, and seeds.
+
+    device: default CUDA where there is any; precision: default bf16 on CUDA, fp32 elsewhere.
+    Raises: InputError for a device that is not there.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"--device {device}: unknown; use cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: not supported; use cpu, cuda or cuda:N")
+    if chosen.type == "cuda":
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"--device {device or 'cuda'}: this machine has {torch.cuda.device_count()} CUDA devices")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    torch.manual_seed(seed + rank)  # dropout differs from rank to rank
+    return Process(rank, world, chosen, precision or ("bf16" if chosen.type == "cuda" else "fp32"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer, schedule, loss
+
+
+def make_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
+    """AdamW with three groups: weights, weights that are not decayed (biases, norms), and thresholds."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if name != "thresholds":
+            (decayed if parameter.ndim > 1 else plain).append(parameter)
+    groups = [
+        {"params": decayed, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+        {"params": plain, "lr": settings.learning_rate, "weight_decay": 0.0},
+    ]
+    if model.thresholds.requires_grad:
+        groups.append({"params": [model.thresholds], "lr": settings.threshold_learning_rate,
+                       "weight_decay": settings.threshold_weight_decay})  # fmt: skip
+    # Adam's epsilon is an absolute size, and the thresholds' gradients are of any size.
+    return torch.optim.AdamW(groups, eps=1e-8, fused=next(model.parameters()).is_cuda)
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """The learning rate at `step` (from 0) as a share of its peak: linear up over warmup · steps, linear down to 0."""
+    rising = max(1, round(steps * warmup))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss summed over examples: cross-entropy, or squared error where there is one output. (B, C), (B,) -> ()."""
+    if logits.size(1) == 1:
+        return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass
+class Evaluation:
+    """What a model does on a set of examples, as it prunes in inference."""
+
+    metrics: dict[str, float]
+    score: float
+    loss: float
+    examples: int
+    gflops: float  # mean of an example, encoder layers only
+    dense_gflops: float
+    relative_flops: float
+    kept: list[float]  # (L,) share of the tokens that leaves each layer
+    seconds: float
+    examples_per_second: float
+
+
+@torch.inference_mode()
+def predict_examples(
+    model: Model, examples: Examples, process: Process, batch_size: int, pruning: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (N, C) and tokens kept (L, N) of all examples, in their order, on every process.
+
+    Sequences of similar length run together, each process taking every world-th of them.
+    """
+    model.eval()
+    order = np.argsort(examples.lengths, kind="stable")[process.rank :: process.world]
+    logits = [torch.empty(0, len(model.config.labels))]
+    kept = [torch.empty(model.config.num_hidden_layers, 0, dtype=torch.int64)]
+    for start in range(0, len(order), batch_size):
+        batch = examples.batch(order[start : start + batch_size]).to(process.device)
+        with process.autocast():
+            output = model(*batch, pruning=pruning)
+        logits.append(output.logits.float().cpu())
+        kept.append(output.kept.cpu())
+    parts = process.gather((order, torch.cat(logits).numpy(), torch.cat(kept, 1).numpy()))
+    back = np.argsort(np.concatenate([part[0] for part in parts]))
+    return np.concatenate([part[1] for part in parts])[back], np.concatenate([part[2] for part in parts], 1)[:, back]
+
+
+def evaluate(
+    model: Model, sets: dict[str, Examples], metric: str, process: Process, batch_size: int = 32, pruning: str | None = None
+) -> Evaluation:
+    """Evaluates on one set, or on several (MNLI's two): the first gives the score, all give metrics and FLOPs."""
+    metrics, scores, losses = {}, [], []
+    used, dense = 0, 0
+    kept_tokens, tokens = np.zeros(model.config.num_hidden_layers), 0
+    start = time.perf_counter()
+    for suffix, examples in sets.items():
+        logits, kept = predict_examples(model, examples, process, batch_size, pruning)
+        found, score = evaluate_predictions(metric, logits, examples.labels)
+        metrics |= {f"{name}{suffix}": value for name, value in found.items()}
+        scores.append(score)
+        losses.append(float(task_loss(torch.from_numpy(logits), torch.from_numpy(examples.labels))))
+        lengths = torch.from_numpy(examples.lengths)
+        used += int(macs(model.config, lengths, torch.from_numpy(kept)).sum())
+        dense += int(macs(model.config, lengths, lengths.expand(len(kept), -1)).sum())
+        kept_tokens += kept.sum(1)
+        tokens += int(lengths.sum())
+    seconds = time.perf_counter() - start
+    count = sum(len(examples) for examples in sets.values())
+    return Evaluation(
+        metrics, scores[0], sum(losses) / count, count, 2e-9 * used / count, 2e-9 * dense / count, used / dense,
+        [float(share) for share in kept_tokens / tokens], seconds, count / seconds,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def measure_speed(
+    model: Model, examples: Examples, process: Process, batch_size: int = 32, repeats: int = 5
+) -> tuple[float, float]:
+    """Seconds for a pass over the examples, as the model prunes and dense: medians of interleaved repeats after a
+    warm-up pass, tokenization and packing apart."""
+    model.eval()
+    order = np.argsort(examples.lengths, kind="stable")
+    batches = [examples.batch(order[i : i + batch_size]).to(process.device) for i in range(0, len(order), batch_size)]
+    times: dict[str, list[float]] = {model.pruning: [], "none": []}
+    for repeat in range(repeats + 1):
+        for pruning, measured in times.items():
+            synchronize(process)
+            start = time.perf_counter()
+            for batch in batches:
+                with process.autocast():
+                    model(*batch, pruning=pruning)
+            synchronize(process)
+            if repeat:
+                measured.append(time.perf_counter() - start)
+    return float(np.median(times[model.pruning])), float(np.median(times["none"]))
+
+
+def synchronize(process: Process) -> None:
+    """Waits for the device: a GPU's kernels run on after the call that started them."""
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+RUN_FILES = ("config.json", "model.safetensors", "log.jsonl", *Tokenizer.FILES)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuses a folder that holds another run, or with `overwrite` removes that run's files and nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: is a file; name a folder")
+    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if held and not overwrite:
+        raise InputError(f"--output {folder}: already holds a run ({held[0].name}); choose another or pass --overwrite")
+    for path in held:
+        path.unlink()
+
+
+@dataclass
+class Result:
+    """What a training run leaves behind."""
+
+    best: dict[str, Any]  # the log's record of the checkpoint in the folder
+    steps: int
+    seconds_per_step: float  # median, without evaluation
+
+
+def train(
+    model: Model,
+    pruning: str,
+    train_set: Examples,
+    dev_sets: dict[str, Examples],
+    metric: str,
+    settings: Settings,
+    output: Path,
+    tokenizer: Tokenizer,
+    process: Process = Process(),
+    show: Callable[[str], Any] = lambda line: None,
+    progress: Callable[..., Any] = lambda **state: None,
+    header: dict[str, Any] | None = None,
+) -> Result:
+    """Trains one stage and leaves a checkpoint folder at `output`, with the log of its evaluations in log.jsonl.
+
+    pruning: "none", "soft" (thresholds learned with the weights), "hard" or "topk" (tokens dropped by fixed rules).
+    Evaluation always prunes as inference will: after soft training that is hard.
+    show, progress: called with a line for each evaluation and with the state of each step, on the main process.
+    Raises: InputError when loss or gradient are no longer finite; the last good checkpoint stays.
+    """
+    check_settings(settings)
+    model.to(process.device)
+    model.thresholds.requires_grad_(pruning == "soft")
+    replica = DistributedDataParallel(model) if process.world > 1 else model
+    optimizer = make_optimizer(model, settings)
+    weights = [p for group in optimizer.param_groups[:2] for p in group["params"]]
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    steps_per_epoch = math.ceil(len(train_set) / settings.batch_size)
+    steps = max(1, round(settings.epochs * steps_per_epoch))
+    save_steps = settings.save_steps or steps_per_epoch
+    log = output / "log.jsonl"
+    if process.main:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in tokenizer.files.items():
+            write_file(output / name, lambda path: path.write_bytes(content))
+        append(log, {"event": "start", **(header or {}), "pruning": pruning, "settings": asdict(settings), "steps": steps,
+                     "examples": len(train_set), "processes": process.world, "device": str(process.device),
+                     "precision": process.precision, "torch": torch.__version__, "machine": platform.machine()})  # fmt: skip
+
+    best: dict[str, Any] | None = None
+    losses, times = [], []
+    started = time.perf_counter()
+    for step, indices in enumerate(training_batches(train_set, settings, steps)):
+        step_started = time.perf_counter()
+        for group, peak in zip(optimizer.param_groups, peak_rates):
+            group["lr"] = peak * rate_factor(step, steps, settings.warmup)
+        model.train()
+        loss = backward(replica, train_set, indices, pruning, settings, process)
+        norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+        if not math.isfinite(loss) or not math.isfinite(float(norm)):
+            kept = f"the last good checkpoint is in {output}" if best else "no checkpoint was saved yet"
+            raise InputError(f"step {step + 1}: the loss is not finite any more; lower the learning rate. {kept[0].upper()}{kept[1:]}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        times.append(time.perf_counter() - step_started)
+        if process.main:
+            progress(step=step + 1, steps=steps, loss=losses[-1], score=best and best["score"])
+
+        if (step + 1) % save_steps == 0 or step + 1 == steps:
+            evaluation = evaluate(model, dev_sets, metric, process, settings.batch_size)
+            record = {
+                "event": "evaluation", "step": step + 1, "epoch": (step + 1) / steps_per_epoch,
+                "train_loss": sum(losses) / len(losses), **asdict(evaluation),
+                "thresholds": model.thresholds.tolist() if model.config.prune_mode == "absolute_threshold" else None,
+                "elapsed": time.perf_counter() - started,
+            }  # fmt: skip
+            losses = []
+            saved = best is None or not settings.load_best or evaluation.score > best["score"]
+            best = record if saved else best
+            if process.main:
+                append(log, record | {"saved": saved})
+                if saved:
+                    save_model(output, model)
+                show(describe(record, saved and settings.load_best))
+    return Result(best, steps, float(np.median(times)))
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises InputError for settings out of range."""
+    for name, low in (("batch_size", 1), ("accumulate", 1), ("epochs", 1e-9), ("learning_rate", 0), ("max_grad_norm", 1e-9),
+                      ("warmup", 0), ("temperature", 1e-12), ("threshold_learning_rate", 0), ("weight_decay", 0)):  # fmt: skip
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value >= low):
+            raise InputError(f"{name} = {value}: expected {'more than 0' if 0 < low < 1 else f'at least {low}'}")
+    if settings.save_steps is not None and settings.save_steps < 1:
+        raise InputError(f"save_steps = {settings.save_steps}: expected at least 1")
+    if settings.warmup > 1:
+        raise InputError(f"warmup = {settings.warmup}: is a share of the steps, expected 0 to 1")
+
+
+def training_batches(examples: Examples, settings: Settings, steps: int) -> Iterator[np.ndarray]:
+    """The global batches of a run, one a step, epoch after epoch."""
+    done, epoch = 0, 0
+    while True:
+        for indices in epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch):
+            if done == steps:
+                return
+            yield indices
+            done += 1
+        epoch += 1
+
+
+def backward(
+    replica: torch.nn.Module, examples: Examples, indices: np.ndarray, pruning: str, settings: Settings, process: Process
+) -> float:
+    """Leaves the gradient of a global batch in the parameters and returns its loss.
+
+    Loss = mean task loss over the batch + λ Σ_l mean of m over its tokens (equation 9 of the paper). The means are over
+    the global batch, so that neither the number of processes nor `accumulate` changes the gradient: each process
+    and each part contributes its sum, divided by the counts of the whole.
+    """
+    tokens = int(examples.lengths[indices].sum())
+    total = torch.zeros((), dtype=torch.float64, device=process.device)
+    parts = np.array_split(indices, min(settings.accumulate, len(indices)))
+    for i, part in enumerate(parts):
+        share = part[process.rank :: process.world]
+        weight = process.world if len(share) else 0  # DistributedDataParallel averages, we want sums
+        share = share if len(share) else part[:1]  # every process must take part in the exchange of gradients
+        batch = examples.batch(share).to(process.device)
+        labels = torch.from_numpy(examples.labels[share]).to(process.device)
+        # Gradients are exchanged with the last part's only.
+        wait = process.world > 1 and i + 1 < len(parts)
+        with replica.no_sync() if wait else contextlib.nullcontext():
+            with process.autocast():
+                output = replica(*batch, pruning=pruning, temperature=settings.temperature)
+            loss = task_loss(output.logits, labels) / len(indices)
+            if pruning == "soft":
+                loss = loss + settings.regularization * output.soft_mask_sum / tokens
+            (loss * weight).backward()
+        total += loss.detach().double() * (weight > 0)
+    return float(process.sum(total))
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def describe(record: dict[str, Any], best: bool) -> str:
+    """One line of an evaluation."""
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    kept = " ".join(f"{share:.2f}" for share in record["kept"])
+    return (f"epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}  {metrics}  FLOPs {record['relative_flops']:.3f}"
+            f"  kept {kept}{'  (best)' if best else ''}")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A stage from end to end: what the commands call
+
+
+@dataclass
+class PruningOptions:
+    """What a stage may set in the checkpoint's pruning configuration; None leaves what the checkpoint says."""
+
+    final_token_threshold: float | None = None
+    token_keep_rate: float | None = None
+    score_norm: str | None = None
+    max_seq_length: int | None = None
+
+
+def run_stage(
+    stage: str,
+    restore: Path,
+    source: Source,
+    settings: Settings,
+    options: PruningOptions = PruningOptions(),
+    output: Path | None = None,
+    overwrite: bool = False,
+    process: Process = Process(),
+    show: Callable[[str], Any] = lambda line: None,
+    progress: Callable[..., Any] = lambda **state: None,
+) -> tuple[Path, Result]:
+    """Runs "finetune", "soft", "hard", "topk" or "manual" on the model folder `restore`.
+
+    Returns the checkpoint's folder (default: the authors' layout, see `default_output`) and what training left.
+    Raises: InputError.
+    """
+    config = load_config(restore)
+    changes = {name: value for name, value in asdict(options).items() if value is not None}
+    changes["prune_mode"] = {"finetune": None, "topk": "topk"}.get(stage, "absolute_threshold")
+    if stage == "hard":
+        changes = {"prune_mode": "absolute_threshold"}  # thresholds and their scale are what soft training left
+    check_pruning(config, changes)
+    max_length = length_limit(config, restore, options.max_seq_length)
+
+    tokenizer = Tokenizer(restore)
+    tokenizer.check_fits(config.vocab_size, restore)
+    output = output or default_output(stage, restore, source.task, replace(config, **changes), settings)
+    check_settings(settings)
+    if process.main:
+        check_output(output, overwrite)
+    # Fine-tuning may change the classes; later stages keep those of the checkpoint.
+    known = source.task.labels if stage == "finetune" else known_labels(source.task, config)
+    train_sets, labels = load_examples(source, "train", tokenizer, max_length, known)
+    dev_sets, _ = load_examples(source, "dev", tokenizer, max_length, labels)
+    model, has_thresholds, notes = load_model(restore, labels or ("score",), **changes)
+    if stage == "hard" and not has_thresholds:
+        raise InputError(f"{restore}: has no learned thresholds; run `soft` first (or `manual` for fixed ones)")
+    if stage == "manual":
+        model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
+    elif stage == "soft":
+        how = "continue from the checkpoint's" if has_thresholds else f"start from 0 to {model.config.final_token_threshold}"
+        notes.append(f"the thresholds {how}")
+
+    train_set = train_sets[""]
+    for note in notes:
+        show(f"note: {note}")
+    for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
+        cut = f"; {examples.truncated} longer than {max_length} were cut" if examples.truncated else ""
+        show(f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average{cut}")
+    pruning = {"finetune": "none", "soft": "soft", "topk": "topk"}.get(stage, "hard")
+    header = {"stage": stage, "task": source.task.name, "restore": str(restore)}
+    result = train(model, pruning, train_set, dev_sets, source.task.metric, settings, output, tokenizer, process, show,
+                   progress, header)  # fmt: skip
+    return output, result
+
+
+def known_labels(task: Task, config: Config) -> tuple[str, ...] | None:
+    """The task's labels in the order the checkpoint knows them, where it has the same ones; None: read the data."""
+    if task.labels is None:
+        # Hugging Face's placeholder names say nothing of the data.
+        return None if config.labels[0] == "LABEL_0" else config.labels
+    same = {name.lower(): i for i, name in enumerate(config.labels)}
+    if task.labels and set(same) == set(task.labels):
+        return tuple(sorted(task.labels, key=same.__getitem__))
+    return task.labels
+
+
+def default_output(stage: str, restore: Path, task: Task, config: Config, settings: Settings) -> Path:
+    """Where a stage writes without --output: the folders of the authors' release."""
+    rate = f"lr_{settings.learning_rate}"
+    if stage == "soft":
+        return Path(
+            "checkpoints/base", task.name.replace("-", ""), "absolute_threshold", f"rate_{config.final_token_threshold}",
+            f"temperature_{settings.temperature}", f"lambda_{settings.regularization}", rate,
+        )  # fmt: skip
+    if stage == "finetune":
+        return Path("checkpoints/base", task.name.replace("-", ""), "finetune", rate)
+    return Path(restore, "topk" if stage == "topk" else "hard", rate)
+
+
+def length_limit(config: Config, folder: Path, asked: int | None) -> int:
+    """How many tokens texts are cut to: what was asked for, else the checkpoint's setting. Raises: InputError."""
+    if asked and asked > config.max_tokens:
+        raise InputError(f"--max-length {asked}: {folder} has positions for {config.max_tokens} tokens")
+    return asked or min(config.max_seq_length, config.max_tokens)
+
+
+def check_pruning(config: Config, changes: dict[str, Any]) -> None:
+    """Raises InputError for a threshold, rate or length out of range."""
+    threshold, rate = changes.get("final_token_threshold"), changes.get("token_keep_rate")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"--final-token-threshold {threshold}: a score lies between 0 and 1, and so must a threshold")
+    if rate is not None and not -math.inf < rate <= 1:
+        raise InputError(f"--token-keep-rate {rate}: expected at most 1 (negative values prune more steeply)")
+    if changes.get("prune_mode") == "topk" and config.num_hidden_layers <= 3:
+        raise InputError(f"topk never prunes the first 3 layers, and this model has {config.num_hidden_layers}")
+
+
+def evaluate_checkpoint(
+    folder: Path, source: Source, process: Process, batch_size: int = 32, max_length: int | None = None, dense: bool = False
+) -> Evaluation:
+    """Evaluates a trained model folder on the source's evaluation set. Raises: InputError."""
+    model = load_model(folder).model.to(process.device)
+    limit = length_limit(model.config, folder, max_length)
+    tokenizer = Tokenizer(folder)
+    tokenizer.check_fits(model.config.vocab_size, folder)
+    labels = known_labels(source.task, model.config)
+    if labels is None:
+        labels = model.config.labels
+    if max(1, len(labels)) != len(model.config.labels):
+        raise InputError(
+            f"{folder}: has {len(model.config.labels)} outputs, but {source.task.name} needs {max(1, len(labels))}; "
+            "evaluate the checkpoint of a run on this task"
+        )
+    sets, _ = load_examples(source, "dev", tokenizer, limit, labels)
+    return evaluate(model, sets, source.task.metric, process, batch_size, "none" if dense else None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prediction
+
+
+class Predictor:
+    """Answers records {"text"}, {"text", "text_pair"} or {"token_ids"} with label, logits and tokens kept a layer."""
+
+    def __init__(self, folder: Path, process: Process, batch_size: int, max_length: int | None, dense: bool):
+        self.folder, self.process, self.batch_size = folder, process, batch_size
+        self.model = load_model(folder).model.to(process.device)
+        self.tokenizer: Tokenizer | None = None  # read when a text comes: token ids need none
+        self.pruning = "none" if dense else None
+        self.max_length = length_limit(self.model.config, folder, max_length)
+        self.truncated = 0
+
+    def encode(self, records: list[tuple[str, Any]]) -> list[tuple[list[int], list[int]]]:
+        """Token and segment ids of records; each comes with a word on where it stands, for errors."""
+        encoded: list[Any] = [None] * len(records)
+        texts: dict[bool, list[int]] = {False: [], True: []}
+        for i, (where, record) in enumerate(records):
+            if not isinstance(record, dict) or ("text" in record) == ("token_ids" in record):
+                raise InputError(f'{where}: expected an object with "text", or with "token_ids"')
+            if "token_ids" in record:
+                ids, size = record["token_ids"], self.model.config.vocab_size
+                if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < size for t in ids):
+                    raise InputError(f"{where}: token_ids must be a list of one or more whole numbers from 0 to {size - 1}")
+                self.truncated += len(ids) > self.max_length
+                ids = ids[: self.max_length]
+                encoded[i] = (ids, [0] * len(ids))
+            elif not all(isinstance(record.get(key, ""), str) for key in ("text", "text_pair")):
+                raise InputError(f"{where}: text and text_pair must be strings")
+            else:
+                texts["text_pair" in record].append(i)
+        for pair, indices in texts.items():
+            if not indices:
+                continue
+            if self.tokenizer is None:
+                self.tokenizer = Tokenizer(self.folder)
+                self.tokenizer.check_fits(self.model.config.vocab_size, self.folder)
+            pairs = [records[i][1]["text_pair"] for i in indices] if pair else None
+            for i, result in zip(indices, self.tokenizer.encode([records[i][1]["text"] for i in indices], pairs, self.max_length)):
+                encoded[i] = (result.token_ids, result.segment_ids)
+                self.truncated += result.truncated
+        return encoded
+
+    @torch.inference_mode()
+    def answer(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        """Answers in the records' order; inside, sequences of similar length run together."""
+        encoded = self.encode(records)
+        answers: list[Any] = [None] * len(encoded)
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            batch = pack([encoded[i][0] for i in part], [encoded[i][1] for i in part]).to(self.process.device)
+            with self.process.autocast():
+                output = self.model(*batch, pruning=self.pruning)
+            for i, logits, kept in zip(part, output.logits.float().tolist(), output.kept.T.tolist()):
+                labels = self.model.config.labels
+                label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
+                answers[i] = {"label": label, "logits": logits, "kept": kept}
+        return answers
+
+
+def predict_file(
+    predictor: Predictor, source: Path, output: Path | None, progress: Callable[..., Any] = lambda **state: None
+) -> int:
+    """Answers each line of a JSONL file, in order, a window at a time; returns how many.
+
+    output: written beside and renamed when whole; None: standard output.
+    Raises: InputError naming file and line.
+    """
+    if output is not None and output.resolve() == source.resolve():
+        raise InputError(f"--output {output}: is the input; choose another file")
+    if output is not None and output.is_dir():
+        raise InputError(f"--output {output}: is a folder; name a file")
+
+    def records() -> Iterator[tuple[str, Any]]:
+        number = 0
+        try:
+            with open(source, encoding="utf-8-sig") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        try:
+                            yield f"{source}, line {number}", json.loads(line)
+                        except (ValueError, RecursionError) as error:
+                            raise InputError(f"{source}, line {number}: not JSON ({error})") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source}, after line {number}: not UTF-8 ({error.reason})") from None
+
+    done = 0
+
+    def run(file: Any) -> None:
+        nonlocal done
+        for window in chunked(records(), 32 * predictor.batch_size):
+            for answer in predictor.answer(window):
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            done += len(window)
+            progress(step=done, steps=None)
+
+    def write(path: Path) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            run(file)
+
+    if output is None:
+        run(sys.stdout)
+    else:
+        write_file(output, write)
+    if done == 0:
+        raise InputError(f"{source}: holds no lines")
+    return done
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demo
+
+DEMO_CONFIG = dict(
+    hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384, max_position_embeddings=130,
+    vocab_size=600, type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+
+
+class DemoResult(NamedTuple):
+    rows: list[tuple[str, dict[str, Any]]]  # a stage and its evaluation, with "speedup"
+    label: str  # the LTP model's answer to the example
+    tokens: list[str]
+    survivors: list[set[int]]  # (L,) places of the example's tokens that leave each layer
+
+
+def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: Callable, progress: Callable) -> DemoResult:
+    """Makes data, tokenizer and an untrained model, and runs every stage on them as the commands would."""
+    if folder.exists() and not overwrite and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise InputError(f"--output {folder}: is not empty; choose another or pass --overwrite")
+    data, start = folder / "data", folder / "untrained"
+    write_demo(data, seed)
+    model = Model(Config(**DEMO_CONFIG))
+    initialize(model, model.config.initializer_range)
+    save_model(start, model)
+    for name in ("vocab.json", "merges.txt"):
+        (data / name).replace(start / name)
+
+    source = Source(custom_task(None, None, None, False), data)
+    plan = (
+        ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 4.0}, {}),
+        ("soft", "finetune", {"learning_rate": 5e-4, "epochs": 2.0, "threshold_learning_rate": 1e-4, "regularization": 0.05}, {}),
+        ("hard", "soft", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
+        ("topk", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
+        ("manual", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
+    )
+    rows = []
+    for stage, restore, changes, pruning in plan:
+        settings = Settings(**(STAGES[stage] | changes | {"seed": seed}))
+        flags = " ".join(f"{flag} {value}" for flag, value in (("--lr", settings.learning_rate), ("--epochs", settings.epochs)))
+        if stage == "soft":
+            flags += f" --lambda {settings.regularization} --lr-threshold {settings.threshold_learning_rate}"
+        show(f"\n$ python ltp.py {stage} --data {data} --restore {folder / restore} {flags} --output {folder / stage}")
+        _, result = run_stage(stage, folder / restore, source, settings, PruningOptions(**pruning), folder / stage, overwrite,
+                              process, show, progress)  # fmt: skip
+        rows.append((stage, dict(result.best)))
+
+    labels = load_config(folder / "hard").labels
+    dev = load_examples(source, "dev", Tokenizer(folder / "hard"), model.config.max_seq_length, labels)[0][""]
+    for stage, record in rows:
+        trained = load_model(folder / stage).model.to(process.device)
+        pruned, dense = measure_speed(trained, dev, process, batch_size=128)
+        record["speedup"] = dense / pruned
+    predictor = Predictor(folder / "hard", process, 1, None, False)
+    text = demo_rows(1, seed)[0]["text"]
+    (ids, segments), = predictor.encode([("example", {"text": text})])
+    with torch.inference_mode():
+        output = predictor.model(*pack([ids], [segments]).to(process.device), trace=True)
+    survivors = [set(layer.tokens[layer.keep].tolist()) for layer in output.trace]
+    label = predictor.model.config.labels[int(output.logits.argmax())]
+    return DemoResult(rows, label, predictor.tokenizer.tokens(ids), survivors)
