@@ -217,7 +217,8 @@ class Tokenizer:
             raise InputError(f"{folder}: damaged tokenizer ({str(error).splitlines()[0][:200]})") from None
 
     def _config(self) -> dict:
-        return json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        named = ("special_tokens_map.json", "tokenizer_config.json")
+        return {k: v for name in named for k, v in json.loads(self.files.get(name, b"{}")).items()}
 
     @property
     def vocab_size(self) -> int:
@@ -256,8 +257,11 @@ def _byte_level_bpe(folder: Path, config: dict) -> Any:
     ids = {name: backend.token_to_id(name) for name in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
     if ids["<s>"] is None or ids["</s>"] is None:
         raise InputError(f"{folder}: vocab.json has no <s> and </s>")
+    # Whether <mask> takes the space before it is the folder's choice: older ones write {"content": "<mask>", "lstrip": true}.
+    mask = config.get("mask_token")
+    lstrip = {"<mask>": isinstance(mask, dict) and bool(mask.get("lstrip"))}
     backend.add_special_tokens([
-        AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>") for name, i in ids.items() if i is not None
+        AddedToken(name, special=True, normalized=False, lstrip=lstrip.get(name, False)) for name, i in ids.items() if i is not None
     ])  # fmt: skip
     backend.post_processor = processors.RobertaProcessing(
         ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=prefix_space

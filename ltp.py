@@ -35,7 +35,7 @@ class Program(click.Group):
 
 def spelling(name: str) -> str:
     """Underscores are as good as hyphens: the authors' --save_step, today's --save-step."""
-    return name.replace("_", "-") if name.startswith("--") else name
+    return name.replace("_", "-")
 
 
 @click.group(

@@ -1,0 +1,177 @@
+"""The command line: the whole pipeline, the authors' spellings, help, and one clear line for bad input."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import random_sequences, small_model
+from model import load_model, save_model
+
+from ltp import main
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("demo", "finetune", "soft", "hard", "topk", "manual", "eval", "predict")
+
+
+def run(*args, code: int = 0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def refused(*args) -> str:
+    """Runs a command that must fail: exit code 2, one line, no traceback; returns the line."""
+    result = run(*args, code=2)
+    assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def runs(demo, tmp_path_factory):
+    """The pipeline with the authors' spellings: finetune, soft, hard."""
+    folder = tmp_path_factory.mktemp("cli")
+    common = ("--data", demo / "data", "--bs", 16)
+    run("finetune", *common, "--restore", demo / "model", "--lr", "1e-3", "--epochs", 1, "--output", folder / "finetune")
+    run("soft", *common, "--restore", folder / "finetune", "--lr", "2e-4", "--temperature", "1e-3", "--lambda", 0.15,
+        "--weight_decay", 0, "--epoch", 1, "--save_step", 5, "--no_load", "--lr_threshold", "1e-3", "--output", folder / "soft")  # fmt: skip
+    run("hard", *common, "--restore", folder / "soft", "--lr", "1e-4", "--epoch", 1)
+    return folder
+
+
+def test_the_authors_pipeline(runs, demo):
+    hard = runs / "soft" / "hard" / "lr_0.0001"
+    assert load_model(hard).model.pruning == "hard"
+    start = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[0])
+    assert start["settings"]["regularization"] == 0.15 and start["settings"]["load_best"] is False
+    for stage in ("topk", "manual"):
+        run(stage, "--data", demo / "data", "--restore", runs / "finetune", "--lr", "1e-4", "--epoch", 0.5)
+    assert load_model(runs / "finetune/topk/lr_0.0001").model.pruning == "topk"
+    assert load_model(runs / "finetune/hard/lr_0.0001").model.pruning == "hard"
+
+
+def test_eval_prints_and_writes(runs, demo, tmp_path):
+    result = run("eval", "--data", demo / "data", "--restore", runs / "soft", "--json", tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert set(record) >= {"task", "metrics", "score", "examples", "gflops", "dense_gflops", "relative_flops", "kept",
+                           "seconds", "examples_per_second"}  # fmt: skip
+    assert record["examples"] == 41 and 0 < record["relative_flops"] < 1 and len(record["kept"]) == 4
+    assert f"{record['relative_flops']:.3f}" in result.output and "kept after each layer" in result.output
+    run("eval", "--data", demo / "data" / "dev.jsonl", "--restore", runs / "soft", "--dense", "--json", tmp_path / "r.json")
+    dense = json.loads((tmp_path / "r.json").read_text())
+    assert dense["relative_flops"] == 1.0 and dense["examples"] == 41
+    logged = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[-1])
+    assert logged["metrics"] == record["metrics"] and logged["relative_flops"] == pytest.approx(record["relative_flops"])
+
+
+def test_predict_is_in_input_order_whatever_the_batch_size(runs, demo, tmp_path):
+    rows = [json.loads(line) for line in (demo / "data" / "dev.jsonl").read_text().splitlines()]
+    rows[3] = {"text": ""}
+    rows[4] = {"text": "one", "text_pair": "two"}
+    rows[5] = {"token_ids": [0, 7, 9, 2]}
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    answers = {}
+    for size in (1, 64):
+        run("predict", "--restore", runs / "soft", "--input", source, "--output", tmp_path / f"{size}.jsonl", "--batch-size", size)
+        answers[size] = [json.loads(line) for line in (tmp_path / f"{size}.jsonl").read_text().splitlines()]
+    assert len(answers[1]) == len(answers[64]) == 41
+    for one, many in zip(answers[1], answers[64]):
+        assert one["label"] == many["label"] and one["kept"] == many["kept"] and len(one["kept"]) == 4
+        assert one["logits"] == pytest.approx(many["logits"], abs=1e-5)
+    single = json.loads(run("predict", "--restore", runs / "soft", rows[0]["text"]).stdout)
+    assert single["logits"] == pytest.approx(answers[1][0]["logits"], abs=1e-5)
+    assert run("predict", "--restore", runs / "soft", "--input", source).stdout.count("\n") == 41
+
+
+def test_golden_style_folder_without_tokenizer(tmp_path):
+    save_model(tmp_path / "m", small_model(prune_mode="topk"))
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"token_ids": s}) for s in random_sequences(5)))
+    run("predict", "--restore", tmp_path / "m", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
+
+
+def test_demo(tmp_path):
+    """The real demo, in a size for tests."""
+    import data
+    import train
+
+    small = train.write_demo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_demo", lambda folder, seed: small(folder, seed, train=96, dev=20))
+        result = run("demo", "--output", tmp_path / "demo")
+        assert refused("demo", "--output", tmp_path / "demo").endswith("is not empty; choose another or pass --overwrite")
+    for word in ("finetune", "soft", "hard", "topk", "manual", "measured speed", "layer 6", "python ltp.py finetune --task MRPC"):
+        assert word in result.stdout, word
+    assert data.STAGES["finetune"] == {}
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_answers_at_once(command):
+    best = float("inf")
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, ROOT / "ltp.py", *command.split(), "--help"], capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+    assert result.returncode == 0 and "Usage" in result.stdout and not result.stderr
+    assert best < 0.5
+    assert subprocess.run([sys.executable, "-X", "importtime", ROOT / "ltp.py", "--help"], capture_output=True, text=True).stderr.count("| torch\n") == 0
+
+
+def test_every_option_has_help():
+    for name in COMMANDS:
+        for parameter in main.commands[name].params:
+            assert parameter.param_type_name == "argument" or parameter.help, f"{name} {parameter.name}"
+        assert main.commands[name].help
+
+
+def test_bad_input_is_one_line(runs, demo, tmp_path):
+    data, model = ("--data", demo / "data"), ("--restore", demo / "model")
+    assert "no such model folder" in refused("finetune", *data, "--restore", tmp_path / "nowhere/deeper/x")
+    (tmp_path / "empty").mkdir()
+    assert "config.json: not found" in refused("eval", *data, "--restore", tmp_path / "empty")
+    assert "--task XYZ: unknown" in refused("finetune", "--task", "XYZ", *model)
+    assert "pass --task NAME for GLUE, or --data PATH" in refused("finetune", *model)
+    assert "no such file or folder" in refused("finetune", *model, "--data", tmp_path / "absent")
+    assert "holds no train.tsv" in refused("finetune", *model, "--data", tmp_path / "empty")
+    assert "run `soft` first" in refused("hard", *data, "--restore", runs / "finetune")
+    assert "already holds a run" in refused("soft", *data, "--restore", runs / "finetune", "--output", runs / "soft")
+    assert "no column 'words'" in refused("finetune", *data, *model, "--text-column", "words", "--output", tmp_path / "o")
+    assert "classification head" in refused("eval", *data, "--restore", headless(demo, tmp_path))
+    assert "has 2 outputs, but MNLI needs 3" in refused("eval", "--task", "MNLI", "--data", tmp_path, "--restore", runs / "soft")
+    assert "device" in refused("eval", *data, "--restore", runs / "soft", "--device", "toaster")
+    assert not (tmp_path / "o").exists()
+
+
+def headless(demo, tmp_path) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "headless"
+    folder.mkdir()
+    for name in ("config.json", "vocab.json", "merges.txt"):
+        (folder / name).write_bytes((demo / "model" / name).read_bytes())
+    tensors = {k: v for k, v in load_file(demo / "model" / "model.safetensors").items() if not k.startswith("classifier")}
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"words": "a"}', 'expected an object with "text"'), ("[1]", "expected an object"), ("{", "not JSON"), ('{"text": 3}', "must be strings"),
+    ('{"token_ids": [700]}', "whole numbers from 0 to 599"), ('{"token_ids": []}', "token_ids must be a list"),
+])  # fmt: skip
+def test_bad_prediction_input_names_the_line_and_leaves_the_old_output(runs, tmp_path, line, message):
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    (tmp_path / "out.jsonl").write_text("old")
+    error = refused("predict", "--restore", runs / "soft", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "line 2" in error and message in error
+    assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cut_prediction_is_counted(runs):
+    result = run("predict", "--restore", runs / "soft", "the road " * 200)
+    assert "1 longer than 128 tokens were cut" in result.stderr

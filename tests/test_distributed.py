@@ -1,0 +1,51 @@
+"""Several processes on this machine, started as users start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(processes: int, *args, code: int = 0) -> subprocess.CompletedProcess:
+    """Runs ltp.py with torchrun (or alone) on one thread a process."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else [sys.executable]
+    result = subprocess.run([*start, str(ROOT / "ltp.py"), *map(str, args)], capture_output=True, text=True, timeout=300,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def finetuned(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    launch(1, "finetune", "--data", demo / "data", "--restore", demo / "model", "--lr", "1e-3", "--epochs", 1, "--output", folder / "f")
+    return folder / "f"
+
+
+@pytest.mark.parametrize("stage", ["finetune", "soft", "manual", "topk"])
+def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
+    for processes in (1, 2):
+        launch(processes, stage, "--data", demo / "data", "--restore", finetuned, "--lr", "2e-4", "--bs", 15, "--epochs", 2,
+               "--accumulate", 2, "--no-load", "--output", tmp_path / str(processes))  # fmt: skip
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in "12"]
+    for a, b in zip(*(log[1:] for log in logs)):
+        assert a["metrics"] == b["metrics"] and a["kept"] == pytest.approx(b["kept"], abs=2e-3)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+
+
+def test_three_processes_evaluate_like_one(demo, finetuned, tmp_path):
+    for processes in (1, 3):
+        launch(processes, "eval", "--data", demo / "data", "--restore", finetuned, "--json", tmp_path / f"{processes}.json")
+    one, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "13")
+    for key in ("metrics", "score", "examples", "relative_flops", "kept"):
+        assert one[key] == three[key]

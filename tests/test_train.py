@@ -1,0 +1,281 @@
+"""The loop: what it learns, what it leaves, and that neither parts nor processes change it."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_sequences, small_model
+
+from data import Examples, InputError, Settings, Source, Tokenizer, custom_task
+from model import load_model, save_model, threshold_ladder
+from train import (
+    Predictor, Process, PruningOptions, backward, check_output, default_output, evaluate, known_labels, make_optimizer,
+    measure_speed, predict_examples, rate_factor, run_stage, task_loss, train,
+)  # fmt: skip
+
+
+def examples(count: int, classes: int = 3, seed: int = 0, longest: int = 40) -> Examples:
+    import datasets
+
+    sequences = random_sequences(count, seed, longest)
+    table = datasets.Dataset.from_dict({"token_ids": sequences, "segment_ids": [[0] * len(s) for s in sequences]})
+    labels = np.array([s[-1] % classes for s in sequences])
+    return Examples(table, np.array([len(s) for s in sequences]), labels, 0)
+
+
+def test_rate_rises_and_falls_linearly():
+    factors = [rate_factor(step, 10, 0.2) for step in range(10)]
+    assert factors[:3] == pytest.approx([0.5, 1.0, 8 / 9]) and factors[-1] == pytest.approx(1 / 9)
+    assert all(a > b for a, b in zip(factors[1:], factors[2:])) and rate_factor(0, 1, 0.0) == 1.0
+
+
+def test_thresholds_have_a_group_of_their_own():
+    model = small_model()
+    model.thresholds.requires_grad_(True)
+    groups = make_optimizer(model, Settings(learning_rate=1.0, weight_decay=0.5, threshold_learning_rate=2.0)).param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1.0, 0.5), (1.0, 0.0), (2.0, 0.0)]
+    assert groups[2]["params"][0] is model.thresholds
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    model.thresholds.requires_grad_(False)
+    assert len(make_optimizer(model, Settings()).param_groups) == 2
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("pruning", ["none", "soft", "hard", "topk"])
+def test_parts_of_a_batch_add_up_to_the_whole(pruning):
+    model = small_model()
+    model.thresholds.data = threshold_ladder(0.01, 5)
+    model.thresholds.requires_grad_(pruning == "soft")
+    data, indices = examples(13), np.arange(13)
+    whole = backward(model, data, indices, pruning, Settings(accumulate=1), Process())
+    one = gradients(model)
+    parts = backward(model, data, indices, pruning, Settings(accumulate=4), Process())
+    other = gradients(model)
+    assert parts == pytest.approx(whole, abs=1e-6) and one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks():
+    model = small_model()
+    data, indices = examples(6), np.arange(6)
+    with torch.no_grad():
+        output = model(*data.batch(indices), pruning="soft", temperature=1e-3)
+    expected = task_loss(output.logits, torch.from_numpy(data.labels)) / 6 + 0.3 * output.soft_mask_sum / data.lengths.sum()
+    settings = Settings(regularization=0.3, temperature=1e-3)
+    assert backward(model, data, indices, "soft", settings, Process()) == pytest.approx(float(expected), rel=1e-6)
+    assert 0 < float(output.soft_mask_sum) < 5 * data.lengths.sum()
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch_size():
+    model = small_model(prune_mode="absolute_threshold")
+    model.thresholds.data = threshold_ladder(0.01, 5)
+    data = examples(41)
+    one = evaluate(model, {"": data}, "accuracy", Process(), batch_size=1)
+    many = evaluate(model, {"": data}, "accuracy", Process(), batch_size=16)
+    assert one.metrics == many.metrics and one.kept == many.kept and one.relative_flops == many.relative_flops < 1
+    assert one.examples == 41 and one.loss == pytest.approx(many.loss, rel=1e-5)
+    logits, kept = predict_examples(model, data, Process(), 7)
+    with torch.inference_mode():
+        for i in (0, 20, 40):
+            output = model(*data.batch([i]))
+            assert logits[i] == pytest.approx(output.logits[0].numpy(), abs=1e-5) and kept[:, i].tolist() == output.kept[:, 0].tolist()
+    dense = evaluate(model, {"": data}, "accuracy", Process(), pruning="none")
+    assert dense.relative_flops == 1 and dense.kept == [1.0] * 5 and dense.gflops == one.dense_gflops
+
+
+def test_two_evaluation_sets_give_metrics_each_and_one_score():
+    model = small_model()
+    result = evaluate(model, {"": examples(9), "_mismatched": examples(8, seed=4)}, "accuracy", Process())
+    assert set(result.metrics) == {"accuracy", "accuracy_mismatched"} and result.score == result.metrics["accuracy"]
+    assert result.examples == 17
+
+
+def test_speed_is_measured_for_both():
+    model = small_model(prune_mode="topk")
+    pruned, dense = measure_speed(model, examples(8), Process(), batch_size=4, repeats=2)
+    assert pruned > 0 and dense > 0
+
+
+# ---- whole stages on the demo's data ----
+
+
+def stage(demo: Path, name: str, restore: Path, output: Path, options=PruningOptions(), show=lambda line: None, **settings):
+    source = Source(custom_task(None, None, None, False), demo / "data")
+    settings = Settings(**{"learning_rate": 1e-3, "epochs": 1.0, "batch_size": 16, "load_best": False} | settings)
+    torch.manual_seed(settings.seed)
+    return run_stage(name, restore, source, settings, options, output, show=show)
+
+
+@pytest.fixture(scope="module")
+def finetuned(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finetune"
+    stage(demo, "finetune", demo / "model", folder)
+    return folder
+
+
+def test_soft_moves_thresholds_and_hard_freezes_them(demo, finetuned, tmp_path):
+    options = PruningOptions(final_token_threshold=0.01)
+    _, soft = stage(demo, "soft", finetuned, tmp_path / "soft", options, threshold_learning_rate=1e-3, regularization=0.5)
+    learned = load_model(tmp_path / "soft").model
+    assert learned.pruning == "hard" and (learned.thresholds - threshold_ladder(0.01, 4)).abs().min() > 1e-4
+    assert soft.best["thresholds"] == learned.thresholds.tolist() and soft.best["relative_flops"] < 1
+    _, hard = stage(demo, "hard", tmp_path / "soft", tmp_path / "hard")
+    adapted = load_model(tmp_path / "hard").model
+    assert torch.equal(adapted.thresholds, learned.thresholds)
+    assert not torch.equal(adapted.head.dense.weight, learned.head.dense.weight)
+    # Soft again goes on from what was learned.
+    lines = []
+    stage(demo, "soft", tmp_path / "soft", tmp_path / "again", threshold_learning_rate=0.0, show=lines.append)
+    assert torch.equal(load_model(tmp_path / "again").model.thresholds, learned.thresholds)
+    assert any("continue" in line for line in lines)
+
+
+def test_baselines(demo, finetuned, tmp_path):
+    _, topk = stage(demo, "topk", finetuned, tmp_path / "topk", PruningOptions(token_keep_rate=0.25))
+    assert topk.best["kept"][:3] == [1, 1, 1] and topk.best["kept"][3] == pytest.approx(0.25, abs=0.02)
+    assert load_model(tmp_path / "topk").model.pruning == "topk"
+    stage(demo, "manual", finetuned, tmp_path / "manual", PruningOptions(final_token_threshold=0.02, score_norm="length"))
+    manual = load_model(tmp_path / "manual").model
+    assert torch.equal(manual.thresholds, threshold_ladder(0.02, 4)) and manual.config.score_norm == "length"
+
+
+def test_hard_needs_thresholds(demo, finetuned, tmp_path):
+    with pytest.raises(InputError, match="no learned thresholds; run `soft` first"):
+        stage(demo, "hard", finetuned, tmp_path / "x")
+
+
+def test_the_same_seed_gives_the_same_weights(demo, tmp_path):
+    for name in ("a", "b"):
+        stage(demo, "finetune", demo / "model", tmp_path / name)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_log_and_folder(demo, finetuned):
+    records = [json.loads(line) for line in (finetuned / "log.jsonl").read_text().splitlines()]
+    assert [r["event"] for r in records] == ["start", "evaluation"] and records[0]["settings"]["learning_rate"] == 1e-3
+    evaluation = records[1]
+    for key in ("train_loss", "loss", "score", "relative_flops", "kept", "thresholds", "seconds", "step", "epoch", "saved"):
+        assert key in evaluation
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "log.jsonl"} == {p.name for p in finetuned.iterdir()}
+    assert load_model(finetuned).model.config.labels == ("negative", "positive")
+
+
+def test_best_or_last_checkpoint(demo, tmp_path, monkeypatch):
+    """Scores forced to rise, then fall: best keeps the middle one."""
+    import train as module
+
+    real, scores = module.evaluate, []
+
+    def scripted(*args, **kwargs):
+        result = real(*args, **kwargs)
+        result.score = scores.pop(0)
+        return result
+
+    monkeypatch.setattr(module, "evaluate", scripted)
+    for load_best, step in ((True, 4), (False, 6)):
+        scores[:] = [0.5, 0.9, 0.7]
+        output, result = stage(demo, "finetune", demo / "model", tmp_path / str(load_best), save_steps=2, epochs=0.6, load_best=load_best)
+        assert result.steps == 6 and result.best["step"] == step
+        saved = [r["step"] for r in map(json.loads, (output / "log.jsonl").read_text().splitlines()) if r.get("saved")]
+        assert saved == ([2, 4] if load_best else [2, 4, 6])
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(demo, tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: the loss is not finite any more; lower the learning rate. The last good checkpoint"):
+        stage(demo, "finetune", demo / "model", tmp_path, learning_rate=1e30, save_steps=1, warmup=0.0)
+    assert load_model(tmp_path).model.config.labels == ("negative", "positive")
+
+
+def test_an_output_that_holds_a_run_is_refused_and_overwritten_on_demand(finetuned, tmp_path):
+    with pytest.raises(InputError, match="already holds a run .config.json.; choose another or pass --overwrite"):
+        check_output(finetuned, overwrite=False)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mine.txt").write_text("keep me")
+    (tmp_path / "hard").mkdir()
+    check_output(tmp_path, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hard", "mine.txt"]
+
+
+def test_default_folders_are_the_authors():
+    from data import find_task
+
+    config, settings, task = small_model().config, Settings(temperature=2e-4, regularization=0.15), find_task("SST-2")
+    folder = default_output("soft", Path("x"), task, config, settings)
+    assert str(folder) == "checkpoints/base/SST2/absolute_threshold/rate_0.01/temperature_0.0002/lambda_0.15/lr_2e-05"
+    assert str(default_output("hard", folder, task, config, settings)) == f"{folder}/hard/lr_2e-05"
+    assert str(default_output("manual", Path("x"), task, config, settings)) == "x/hard/lr_2e-05"
+    assert str(default_output("topk", Path("x"), task, config, settings)) == "x/topk/lr_2e-05"
+
+
+def test_labels_keep_the_checkpoints_order():
+    from data import find_task
+
+    config = replace(small_model().config, labels=("CONTRADICTION", "NEUTRAL", "ENTAILMENT"))
+    assert known_labels(find_task("MNLI"), config) == ("contradiction", "neutral", "entailment")
+    assert known_labels(find_task("MRPC"), config) == ("not_equivalent", "equivalent")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"batch_size": 0}, "batch_size = 0"), ({"learning_rate": math.nan}, "learning_rate = nan"), ({"epochs": 0}, "epochs = 0"),
+    ({"temperature": 0.0}, "temperature = 0"), ({"warmup": 2.0}, "warmup = 2.0"), ({"save_steps": 0}, "save_steps = 0"),
+])  # fmt: skip
+def test_settings_out_of_range(demo, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        stage(demo, "finetune", demo / "model", tmp_path, **change)
+    assert not any(tmp_path.iterdir())
+
+
+def test_pruning_options_out_of_range(demo, finetuned, tmp_path):
+    for name, options, message in (
+        ("manual", PruningOptions(final_token_threshold=1.5), "threshold 1.5"),
+        ("topk", PruningOptions(token_keep_rate=1.1), "rate 1.1"),
+        ("finetune", PruningOptions(max_seq_length=500), "positions for 128 tokens"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stage(demo, name, finetuned, tmp_path, options)
+
+
+def test_regression_stage(demo, tmp_path):
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "".join(f"the road {'a ' * i}\t{i / 10}\n" for i in range(20)))
+    (tmp_path / "dev.tsv").write_text((tmp_path / "train.tsv").read_text())
+    source = Source(custom_task(None, None, None, True), tmp_path)
+    settings = Settings(learning_rate=1e-3, epochs=3, batch_size=5)
+    _, result = run_stage("finetune", demo / "model", source, settings, output=tmp_path / "out")
+    assert set(result.best["metrics"]) == {"pearson", "spearman"}
+    assert len(load_model(tmp_path / "out").model.config.labels) == 1
+    answer = Predictor(tmp_path / "out", Process(), 4, None, False).answer([("x", {"text": "the road a a"})])[0]
+    assert answer["label"] == answer["logits"][0]
+
+
+def test_token_ids_need_no_tokenizer(tmp_path):
+    model = small_model(prune_mode="topk", token_keep_rate=0.3)
+    save_model(tmp_path, model)
+    predictor = Predictor(tmp_path, Process(), 3, None, False)
+    records = [("line", {"token_ids": s}) for s in random_sequences(10)]
+    answers = predictor.answer(records)
+    alone = [Predictor(tmp_path, Process(), 1, None, False).answer([record])[0] for record in records]
+    for one, other in zip(answers, alone):
+        assert one["kept"] == other["kept"] and one["logits"] == pytest.approx(other["logits"], abs=1e-5)
+    with pytest.raises(InputError, match="no tokenizer"):
+        predictor.answer([("line", {"text": "a"})])
+
+
+def test_bf16_autocast_trains_thresholds_too(demo, finetuned, tmp_path):
+    """Under mixed precision the thresholds still get a gradient, and stay in float32."""
+    model = small_model()
+    model.thresholds.requires_grad_(True)
+    backward(model, examples(8), np.arange(8), "soft", Settings(), Process(precision="bf16"))
+    assert model.thresholds.dtype == torch.float32 and (model.thresholds.grad != 0).all()
+
+
+__all__ = ["Tokenizer", "train"]
