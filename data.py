@@ -61,7 +61,7 @@ class Settings:
     load_best: bool = setting(
         True, "Keep the checkpoint with the best score, or the last one.", "--load-best/--no-load", " /--no-load-best"
     )
-    seed: int = setting(42, "Of the data order, dropout and new weights.")
+    seed: int = setting(42, "Of the data order, dropout and new weights, from 0.")
 
 
 # The authors' epochs; soft keeps its last checkpoint (the best score is the one that prunes least).
@@ -215,6 +215,9 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises plain Exception for damaged files
             raise InputError(f"{folder}: damaged tokenizer ({str(error).splitlines()[0][:200]})") from None
+        if not self.backend.encode("").ids:
+            raise InputError(f"{folder}: the tokenizer adds no first token (CLS or <s>), which the classifier reads")
+        self.identity = hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def _config(self) -> dict:
         named = ("special_tokens_map.json", "tokenizer_config.json")
@@ -331,26 +334,37 @@ def read_rows(path: Path, columns: tuple[Any, Any, Any], label_needed: bool = Tr
         for line, record in reader(path, wanted):
             empty = False
             cells = [None if c is None else record.get(c) for c in columns]
+            cells[2] = None if cells[2] is None or not str(cells[2]).strip() else str(cells[2]).strip()
             for name, cell in zip(columns, cells):
                 if cell is None and name in wanted:
                     raise InputError(f"{path}, line {line}: no value in the column {name!r}")
-            if not all(isinstance(cell, str) for name, cell in zip(columns[:2], cells) if name is not None):
-                raise InputError(f"{path}, line {line}: the text is not a string")
-            yield Row(line, cells[0], cells[1], None if cells[2] is None else str(cells[2]).strip())
+            if not all(is_text(cell) for name, cell in zip(columns[:2], cells) if name is not None):
+                raise InputError(f"{path}, line {line}: the text is not a string of valid characters")
+            yield Row(line, *cells)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}, after line {line}: not UTF-8 ({error.reason}); convert the file first") from None
+        where = f", after line {line}" if line else ""
+        raise InputError(f"{path}{where}: not UTF-8 ({error.reason}); convert the file first") from None
     except (OSError, csv.Error) as error:
         raise InputError(f"{path}, after line {line}: not readable ({error})") from None
     if empty:
         raise InputError(f"{path}: holds no examples")
 
 
-def _check_columns(path: Path, wanted: list[Any], found: list[str]) -> None:
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that UTF-8 can hold: JSON can spell others."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_columns(path: Path, wanted: list[Any], found: list[str], line: int = 1) -> None:
     for name in wanted:
         if name not in found:
+            has = ", ".join(map(repr, found[:20])) or "none"
             raise InputError(
-                f"{path}: no column {name!r}; it has {', '.join(map(repr, found[:20]))}. "
-                "Name yours with --text-column, --pair-column and --label-column"
+                f"{path}, line {line}: no column {name!r} but {has}; "
+                "for data of your own, name the columns with --text-column, --pair-column and --label-column"
             )
 
 
@@ -369,17 +383,23 @@ def _read_tsv(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
                     continue
             if cells == [""]:
                 continue
-            if len(cells) < len(header):
+            if len(cells) != len(header):
                 raise InputError(f"{path}, line {number}: {len(cells)} columns, expected {len(header)}")
             yield number, dict(zip(header, cells))
 
 
 def _read_csv(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        _check_columns(path, wanted, list(reader.fieldnames or []))
-        for record in reader:
-            yield reader.line_num, record
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(file, strict=True)
+        header = next(reader, [])
+        if header:
+            _check_columns(path, wanted, header)
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise InputError(f"{path}, line {reader.line_num}: {len(cells)} columns, expected {len(header)}; quote texts with commas")
+            if cells:
+                yield reader.line_num, dict(zip(header, cells))
 
 
 def _read_jsonl(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
@@ -393,7 +413,7 @@ def _read_jsonl(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
                 raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: expected a JSON object")
-            _check_columns(path, wanted, list(record))
+            _check_columns(path, wanted, list(record), number)
             yield number, record
 
 
@@ -421,14 +441,19 @@ class Source:
     path: Path | None = None  # None: the hub
     dev_path: Path | None = None
 
-    def rows(self, split: str) -> dict[str, tuple[str, Iterator[Row]]]:
-        """The sets of a split ("train" or "dev"), {suffix of its metrics: (identity, rows)}; MNLI has two to evaluate.
+    def rows(self, split: str) -> dict[str, tuple[str, str, Iterator[Row]]]:
+        """The sets of a split ("train", "dev", or "eval": dev, where a file alone will do), by the suffix of their
+        metrics (MNLI has two to evaluate): where the set is, its identity, its rows.
 
         The identity changes when the content does: it names the tokenized copy in the cache.
         """
         parts = (("", "train", "train"),) if split == "train" else self.task.dev
+        if self.path is None and self.dev_path is not None:
+            raise InputError("--dev-data goes with --data")
         if self.path is None:
-            return {suffix: (f"hub {self.task.hub} {hub}", self._hub_rows(hub)) for suffix, _, hub in parts}
+            return {s: (f"GLUE's {hub}", f"hub {self.task.hub} {hub}", self._hub_rows(hub)) for s, _, hub in parts}
+        if split != "train" and (self.dev_path or self.path).is_file():
+            parts = parts[:1]
         found = {}
         for suffix, name, _ in parts:
             path = self._file(split, name)
@@ -436,17 +461,18 @@ class Source:
             columns = task.tsv if task.tsv and path.suffix.lower() == ".tsv" else (task.text, task.pair, task.label)
             stat = path.stat() if path.exists() else None
             identity = f"{path.resolve()} {columns} {stat and (stat.st_size, stat.st_mtime_ns)}"
-            found[suffix] = (identity, read_rows(path, columns))
+            found[suffix] = (str(path), identity, read_rows(path, columns))
         return found
 
     def _file(self, split: str, name: str) -> Path:
-        path = self.dev_path if split == "dev" and self.dev_path else self.path
-        if path.is_file():
-            if split == "dev" and path is self.path and self.dev_path is None or split == "train" or path is self.dev_path:
-                return path
+        path, option = (self.path, "--data") if split == "train" or not self.dev_path else (self.dev_path, "--dev-data")
         if not path.exists():
-            raise InputError(f"--data {path}: no such file or folder")
-        names = {"train": ["train"], "dev": [name, "dev", "validation", "valid"] if len(self.task.dev) == 1 else [name]}[split]
+            raise InputError(f"{option} {path}: no such file or folder")
+        if path.is_file():
+            if split == "dev" and not self.dev_path:
+                raise InputError(f"--data {path}: is one file; name the file to evaluate on with --dev-data")
+            return path
+        names = ["train"] if split == "train" else [name, "dev", "validation", "valid"] if len(self.task.dev) == 1 else [name]
         wanted = self.task.name.replace("-", "").lower()
         folders = [path, *(f for f in sorted(path.iterdir()) if f.is_dir() and f.name.replace("-", "").lower() == wanted)]
         for folder in folders:
@@ -454,7 +480,7 @@ class Source:
                 for suffix in SUFFIXES:
                     if (folder / f"{candidate}{suffix}").is_file():
                         return folder / f"{candidate}{suffix}"
-        raise InputError(f"--data {path}: holds no {names[0]}.tsv (or .csv, .jsonl, .parquet)")
+        raise InputError(f"{option} {path}: holds no {names[0]}.tsv (or .csv, .jsonl, .parquet)")
 
     def _hub_rows(self, split: str) -> Iterator[Row]:
         import datasets
@@ -505,9 +531,12 @@ def load_examples(
     import numpy as np
     import pyarrow.compute as pc
 
-    tables = {}
-    for suffix, (identity, rows) in source.rows(split).items():
-        key = hashlib.sha256(f"{identity} {max_length} {tokenizer.backend.to_str()}".encode()).hexdigest()[:32]
+    smallest = tokenizer.backend.num_special_tokens_to_add(source.task.pair is not None) + 1
+    if max_length < smallest:
+        raise InputError(f"--max-length {max_length}: leaves no room for text; expected at least {smallest}")
+    tables, places = {}, {}
+    for suffix, (places[suffix], identity, rows) in source.rows(split).items():
+        key = hashlib.sha256(f"{identity} {max_length} {tokenizer.identity}".encode()).hexdigest()[:32]
         tables[suffix] = _tokenized(rows, tokenizer, max_length, key)
     if labels is None:
         labels = source.task.labels
@@ -515,9 +544,8 @@ def load_examples(
         found = {label for table in tables.values() for label in table.unique("label")}
         labels = tuple(sorted(found, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name)))
         if len(labels) < 2:
-            raise InputError(f"{source.path}: all examples have the label {labels[0]!r}; classification needs two or more")
+            raise InputError(f"{places['']}: all examples have the label {labels[0]!r}; classification needs two or more")
     sets = {}
-    where = source.dev_path if split == "dev" and source.dev_path else source.path or "the hub"
     for suffix, table in tables.items():
         ids = {name: i for i, name in enumerate(labels)}
         if not any(_is_number(name) for name in labels):  # files may also give the classes by their numbers
@@ -526,10 +554,10 @@ def load_examples(
         for i, (label, line) in enumerate(zip(table["label"], table["line"])):
             if labels == ():
                 if not _is_number(label):
-                    raise InputError(f"{where}, line {line}: the score {label!r} is not a number")
+                    raise InputError(f"{places[suffix]}, line {line}: the score {label!r} is not a number")
                 values[i] = float(label)
             elif label not in ids:
-                raise InputError(f"{where}, line {line}: the label {label!r} is none of {', '.join(labels)}")
+                raise InputError(f"{places[suffix]}, line {line}: the label {label!r} is none of {', '.join(labels)}")
             else:
                 values[i] = ids[label]
         column = table.data.column("token_ids")
@@ -569,7 +597,7 @@ def _tokenized(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, key: 
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # the library wraps what its generator raises
-            if isinstance(cause, InputError):
+            if isinstance(cause, (InputError, OSError)):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise

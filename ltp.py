@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +28,11 @@ class Program(click.Group):
             failure = click.ClickException(str(error))
             failure.exit_code = 2
             raise failure from None
+        except Exception as error:
+            if type(error).__name__ != "Interrupted":
+                raise
+            click.echo(str(error), err=True)
+            ctx.exit(128 + error.number)
         finally:
             if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
                 sys.modules["torch"].distributed.destroy_process_group()
@@ -115,6 +120,7 @@ def settings_options(stage: str) -> Any:
 output_options = [
     click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the checkpoint goes.  [default: see above]"),
     click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds."),
+    click.option("--resume", is_flag=True, help="Go on with the interrupted run that the output folder holds; without one, start."),
 ]
 THRESHOLD = click.option(
     "--final-token-threshold", "--threshold", type=float, metavar="θ",
@@ -211,6 +217,8 @@ def manual() -> None:
 
 
 def run_stage_command(stage: str, given: dict[str, Any]) -> None:
+    if given["overwrite"] and given["resume"]:
+        raise click.UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
     settings = Settings(**(STAGES[stage] | {f.name: given.pop(f.name) for f in fields(Settings) if f.name in given}))
     source = make_source(given)
     with screen() as (show, progress):
@@ -222,16 +230,17 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
         show, progress = (show, progress) if process.main else (quiet, quiet)
         options = PruningOptions(**{f.name: given[f.name] for f in fields(PruningOptions) if f.name in given})
         folder, result = run_stage(
-            stage, find_model(given["restore"]), source, settings, options, given["output"], given["overwrite"], process,
-            show, progress,
+            stage, find_model(given["restore"]), source, settings, options, given["output"], given["overwrite"],
+            given["resume"], process, show, progress,
         )  # fmt: skip
     if process.main:
         evaluation_table([(stage, result.best)])
         click.echo(f"{result.steps} steps of {result.seconds_per_step:.3f} s (median). Checkpoint: {folder}")
         following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
-        task = f"--task {given['task']} " if given["task"] else ""
-        data = f"--data {given['data']} " if given["data"] else ""
-        click.echo(f"Next: python ltp.py {following} {task}{data}--restore {folder}")
+        same = ("task", "data", "dev_data", "text_column", "pair_column", "label_column")
+        words = [w for name in same if given[name] for w in (f"--{name.replace('_', '-')}", str(given[name]))]
+        words += ["--regression"] * given["regression"] + ["--restore", str(folder)]
+        click.echo(f"Next: python ltp.py {following} {shlex.join(words)}")
 
 
 def make_source(given: dict[str, Any]) -> Any:
@@ -269,8 +278,9 @@ def eval_command(**given: Any) -> None:
     from train import evaluate_checkpoint, start_process
 
     process = start_process(given["device"], given["precision"], given["threads"])
+    show = (lambda line: click.echo(line, err=True)) if process.main else quiet
     evaluation = evaluate_checkpoint(
-        find_model(given["restore"]), source, process, given["batch_size"], given["max_seq_length"], given["dense"]
+        find_model(given["restore"]), source, process, given["batch_size"], given["max_seq_length"], given["dense"], show
     )
     if not process.main:
         return
@@ -302,6 +312,8 @@ def predict(text: str | None, **given: Any) -> None:
     """
     if (text is None) == (given["input_file"] is None):
         raise click.UsageError("pass either TEXT or --input FILE")
+    if text is not None and given["output_file"] or text is None and given["pair"] is not None:
+        raise click.UsageError("--pair goes with TEXT, and --output with --input")
     from model import find_model
     from train import Predictor, predict_file, start_process
 
@@ -321,7 +333,7 @@ def predict(text: str | None, **given: Any) -> None:
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR", help="Where everything goes.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo there.")
-@click.option("--seed", default=42, show_default=True, help="Of data, weights and training.")
+@click.option("--seed", default=42, show_default=True, type=click.IntRange(0, 2**31), help="Of data, weights and training.")
 @machine_options
 def demo(output: Path, overwrite: bool, seed: int, **given: Any) -> None:
     """The whole pipeline in miniature: no network, minutes on a CPU.

@@ -41,7 +41,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,7 +126,7 @@ class Config:
         if not isinstance(raw, dict):
             raise InputError(f"{where}: expected a JSON object, found {type(raw).__name__}")
         model_type = raw.get("model_type")
-        if model_type not in FAMILY:
+        if not isinstance(model_type, str) or model_type not in FAMILY:
             raise bad("model_type", f"supported are {', '.join(FAMILY)}")
         for key, wanted in (
             ("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False),
@@ -135,6 +135,8 @@ class Config:
             if raw.get(key, wanted) not in (wanted, None):
                 reason = "integer-only inference is not implemented, use the floating-point checkpoint"
                 raise bad(key, reason if key == "quant_mode" else f"not supported, only {json.dumps(wanted)} is")
+        if raw.get("problem_type") == "multi_label_classification":
+            raise bad("problem_type", "not supported, one label an example is")
         if raw.get("pruned_heads"):
             raise bad("pruned_heads", "not supported, only models with all their heads are")
 
@@ -145,7 +147,7 @@ class Config:
                 continue  # has a default
             if key not in raw:
                 raise InputError(f"{where}: the key {key} is missing")
-            if type(raw[key]) is not int or raw[key] < 1:
+            if type(raw[key]) is not int or not 1 <= raw[key] < 2**31:
                 raise bad(key, "expected a whole number of at least 1")
             values[key] = raw[key]
         pad = raw.get("pad_token_id")
@@ -159,7 +161,7 @@ class Config:
         ):
             if raw.get(key) is None:
                 continue
-            if type(raw[key]) not in (int, float) or not (low <= raw[key] <= high) or math.isinf(raw[key]):
+            if type(raw[key]) not in (int, float) or not (low <= raw[key] <= high) or abs(raw[key]) > 1e6:
                 limits = f" from {low} to {high}" if high == 1 and low == 0 else f" of at most {high}" if high == 1 else ""
                 raise bad(key, f"expected a number{limits}")
             values[key] = float(raw[key])
@@ -179,8 +181,9 @@ class Config:
             values["labels"] = tuple(f"LABEL_{i}" for i in range(count))
         else:
             ids = [str(i) for i in range(len(names))] if isinstance(names, dict) else None
-            if not ids or sorted(names) != sorted(ids) or not all(isinstance(n, str) for n in names.values()):
-                raise bad("id2label", 'expected names for the ids from "0" on without a gap')
+            strings = ids and all(isinstance(name, str) for name in names.values())
+            if not strings or sorted(names) != sorted(ids) or len(set(names.values())) != len(ids):
+                raise bad("id2label", 'expected different names for the ids from "0" on without a gap')
             values["labels"] = tuple(names[i] for i in ids)
         config = cls(model_type=model_type, other=dict(raw), **values)
         if config.max_tokens < 2:
@@ -192,7 +195,7 @@ class Config:
         # I-BERT's and the authors' model types would make other libraries look for buffers that are not there.
         model_type = "roberta" if self.model_type in ("ibert", "ltp") else self.model_type
         prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}[model_type]
-        raw = {k: v for k, v in self.other.items() if k not in ("quant_mode", "force_dequant", "num_labels", "_name_or_path")}
+        raw = {k: v for k, v in self.other.items() if k not in ("quant_mode", "force_dequant", "num_labels", "_name_or_path", "dtype", "torch_dtype")}
         for key in self.__dataclass_fields__:
             if key not in ("labels", "other"):
                 raw[key] = getattr(self, key)
@@ -297,7 +300,8 @@ def attend(
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     probs = logits.softmax(-1, dtype=torch.float32)
-    received = probs.sum((1, 2)) if alive is None else torch.einsum("bhij,bi->bj", probs, alive.float())
+    queries = probs if alive is None else probs * alive[:, None, :, None]  # not einsum: autocast would round the scores
+    received = queries.sum((1, 2))
     probs = F.dropout(probs[:, :, :1] if cls_only else probs, dropout)
     return probs.to(value.dtype) @ value, received
 
@@ -422,6 +426,8 @@ class Embeddings(nn.Module):
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
         """Three (T,) -> (T, D)."""
+        if self.segment.num_embeddings == 1:
+            segment_ids = torch.zeros_like(segment_ids)  # the model does not tell segments apart
         x = self.word(token_ids) + self.segment(segment_ids) + self.position(positions + self.position_offset)
         return self.dropout(self.norm(x))
 
@@ -706,16 +712,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         except Exception as error:  # damaged files raise whatever their readers meet first
             reason = str(error).strip().split("\n")[0][:200]
             raise InputError(f"{shard}: damaged or not a weights file ({type(error).__name__}: {reason})") from None
-    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise InputError(f"{path}: holds other things than tensors; expected a state dict")
-    return tensors
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
+        raise InputError(f"{path}: holds other things than named tensors; expected a state dict")
+    # Conversions from TensorFlow call a norm's weight gamma and its bias beta.
+    old_names = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    return {re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: old_names[m[0]], name): t for name, t in tensors.items()}
 
 
-def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, **changes) -> Loaded:
+def load_model(
+    folder: str | Path, labels: tuple[str, ...] | None = None, new_head: bool = False, **changes
+) -> Loaded:
     """Reads a model folder, in float32 on the CPU, in evaluation mode.
 
-    labels: names of the classes the head must have. A folder without a head, or with one for another number of
-    classes, gets a fresh head and a note. Without `labels` a missing head is an error.
+    labels: names of the classes the head must have, in order; default: the folder's. A head with the same names in
+    another order is permuted.
+    new_head: give a folder without a head, or with one for another number of classes, a fresh one, and say so in the
+    notes; otherwise that is an error.
     changes: configuration fields to replace.
     Raises: InputError naming file and tensor for whatever is missing, unknown, of a wrong shape or not finite.
     """
@@ -730,19 +742,33 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, **chan
 
     head_weight = f"{HEAD_NAMES[family]['output']}.weight"
     old_head = tensors.get(head_weight)
-    if labels is None and old_head is None:
-        raise InputError(f"{folder}: the classification head ({head_weight}) is missing; fine-tune this model first")
+    labels = config.labels if labels is None else tuple(labels)
+    fits = old_head is not None and len(config.labels) == len(labels)
+    if not fits and not new_head:
+        raise InputError(
+            f"{folder}: the classification head ({head_weight}) "
+            + ("is missing" if old_head is None else f"has {len(config.labels)} outputs, not {len(labels)}")
+            + "; fine-tune this model on the task first"
+        )
     fresh = {}
-    if labels is not None:
-        if old_head is None or len(old_head) != len(labels):
-            found = "the folder has none" if old_head is None else f"the folder's has {len(old_head)} outputs"
-            notes.append(f"the classification head is new, with {len(labels)} outputs: {found}")
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
-            head = Head(replace(config, labels=tuple(labels)))
-            initialize(head, config.initializer_range)
-            fresh = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-        config = replace(config, labels=tuple(labels))
+    order = {name.lower(): i for i, name in enumerate(config.labels)}
+    if not fits:
+        found = "the folder has none" if old_head is None else f"the folder's has {len(config.labels)} outputs"
+        notes.append(f"the classification head is new, with {len(labels)} outputs: {found}")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+        head = Head(replace(config, labels=labels))
+        initialize(head, config.initializer_range)
+        fresh = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    elif set(order) == {name.lower() for name in labels}:
+        for name in (head_weight, head_weight.replace("weight", "bias")):
+            if name in tensors and tensors[name].shape[:1] == (len(labels),):
+                tensors[name] = tensors[name][[order[label.lower()] for label in labels]]
+    elif len(labels) > 1 and not config.labels[0].startswith("LABEL_"):
+        notes.append(f"the classification head for {', '.join(config.labels)} now stands for {', '.join(labels)}")
+    config = replace(config, labels=labels)
     has_thresholds = THRESHOLDS in tensors
+    if config.prune_mode == "absolute_threshold" and not has_thresholds:
+        notes.append(f"no thresholds in {folder}: using final_token_threshold · l / L = {config.final_token_threshold} · l / L")
     fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
 
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
@@ -760,7 +786,9 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, **chan
             if tuple(tensors[part].shape) != wanted:
                 shape = tuple(tensors[part].shape)
                 raise InputError(f"{folder}: the tensor {part} has shape {shape}, but config.json asks for {wanted}")
-            if not tensors[part].is_floating_point() or not tensors[part].isfinite().all():
+            if not tensors[part].is_floating_point():
+                raise InputError(f"{folder}: the tensor {part} is of type {tensors[part].dtype}, expected floating point")
+            if not tensors[part].isfinite().all():
                 raise InputError(f"{folder}: the tensor {part} holds values that are not finite numbers")
         state[name] = torch.cat([tensors.pop(part).float() for part in names])
     unknown = sorted(name for name in tensors if not UNUSED.search(name))
@@ -774,8 +802,11 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, **chan
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside and renames, so that `path` is at every moment either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error})") from None
     os.close(handle)
     try:
         write(Path(beside))
@@ -785,9 +816,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except (OSError, SafetensorError) as error:  # a full disk, most of the time
+        raise InputError(f"{path}: could not be written ({error}); what was there before is untouched") from None
+    finally:
         Path(beside).unlink(missing_ok=True)
-        raise
 
 
 def save_model(folder: str | Path, model: Model) -> None:

@@ -6,11 +6,14 @@ Reads top to bottom: processes, precision, optimizer and schedule, the loss, eva
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,10 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import (
     STAGES, Examples, InputError, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
-    evaluate_predictions, load_examples, pack, write_demo,
+    evaluate_predictions, is_text, load_examples, pack, write_demo,
 )  # fmt: skip
 from model import (
-    Config, Model, initialize, load_config, load_model, macs, save_model, threshold_ladder, write_file,
+    Config, Model, SelfAttention, initialize, load_config, load_model, macs, save_model, threshold_ladder, write_file,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,6 +61,13 @@ class Process:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def gather(self, value: Any) -> list:
         """Every process's value, in rank order, on every process."""
@@ -234,17 +244,91 @@ def synchronize(process: Process) -> None:
 # The loop
 
 RUN_FILES = ("config.json", "model.safetensors", "log.jsonl", *Tokenizer.FILES)
+STATES = "resume"  # subfolder of a run in which it keeps what it needs to go on
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds another run, or with `overwrite` removes that run's files and nothing else."""
+def check_output(folder: Path, overwrite: bool, resume: bool) -> None:
+    """Raises InputError for a folder that holds a run which the user neither resumes nor wants replaced."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
-    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if held and not overwrite:
-        raise InputError(f"--output {folder}: already holds a run ({held[0].name}); choose another or pass --overwrite")
-    for path in held:
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if held and not overwrite and not resume:
+        raise InputError(
+            f"--output {folder}: already holds a run ({held[0]}); choose another, or pass --resume to go on with it or "
+            "--overwrite to replace it"
+        )
+
+
+def clear_output(folder: Path) -> None:
+    """Removes a run's own files from its folder, and nothing else."""
+    for path in [*(folder / name for name in RUN_FILES), *(folder / STATES).glob("step-*.pt")]:
+        path.unlink(missing_ok=True)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes what resuming needs to step-NUMBER-DIGEST.pt; the one before it stays, in case this one gets damaged."""
+
+    def write(path: Path) -> None:
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # torch's writer reports a full disk like this
+            raise OSError(str(error).splitlines()[0]) from None
+
+    earlier = sorted(folder.glob("step-*.pt"))
+    whole = folder / "step.new"
+    write_file(whole, write)
+    whole.replace(folder / f"step-{state['step']:09d}-{file_digest(whole)}.pt")
+    for path in earlier[:-1]:
         path.unlink()
+
+
+def load_state(folder: Path, show: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The latest whole state, on the CPU; None where there is none. Says which damaged ones it passed over."""
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        if path.stem.endswith(f"-{file_digest(path)}"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        show(f"note: {path} is damaged; trying the one before it")
+    return None
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def random_state(process: Process) -> list[dict[str, Tensor]]:
+    """The random generators of every process, in rank order."""
+    state = {"cpu": torch.get_rng_state()}
+    if process.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(process.device)
+    return process.gather(state)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Catches Ctrl-C and SIGTERM while training: the list holds the signal once one has come. A second one is not caught."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Interrupted(Exception):
+    """Training stopped at a signal, its state saved. `number` is the signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass
@@ -253,7 +337,7 @@ class Result:
 
     best: dict[str, Any]  # the log's record of the checkpoint in the folder
     steps: int
-    seconds_per_step: float  # median, without evaluation
+    seconds_per_step: float  # median of this process's steps, without evaluation; nan if it made none
 
 
 def train(
@@ -269,15 +353,29 @@ def train(
     show: Callable[[str], Any] = lambda line: None,
     progress: Callable[..., Any] = lambda **state: None,
     header: dict[str, Any] | None = None,
+    resume: bool = False,
 ) -> Result:
     """Trains one stage and leaves a checkpoint folder at `output`, with the log of its evaluations in log.jsonl.
 
     pruning: "none", "soft" (thresholds learned with the weights), "hard" or "topk" (tokens dropped by fixed rules).
     Evaluation always prunes as inference will: after soft training that is hard.
-    show, progress: called with a line for each evaluation and with the state of each step, on the main process.
-    Raises: InputError when loss or gradient are no longer finite; the last good checkpoint stays.
+    show, progress: called with a line for each evaluation and with the state of each step.
+    resume: go on from the last state that was saved in `output`; from the beginning where there is none.
+    Raises: InputError when loss or gradient are no longer finite (the last good checkpoint stays), or when the run to
+    be resumed had other settings; Interrupted after a signal.
     """
     check_settings(settings)
+    log = output / "log.jsonl"
+    header = {"event": "start", **(header or {}), "pruning": pruning, "settings": asdict(settings), "examples": len(train_set)}
+    state = None
+    if resume:
+        check_same_run(log, header)
+        state = load_state(output / STATES, show) if process.main else None
+        state = process.broadcast(state)
+        show(f"resuming after step {state['step']}" if state else "nothing to resume: starting from the beginning")
+        if state:
+            model.load_state_dict(state["model"])
+
     model.to(process.device)
     model.thresholds.requires_grad_(pruning == "soft")
     replica = DistributedDataParallel(model) if process.world > 1 else model
@@ -287,58 +385,128 @@ def train(
     steps_per_epoch = math.ceil(len(train_set) / settings.batch_size)
     steps = max(1, round(settings.epochs * steps_per_epoch))
     save_steps = settings.save_steps or steps_per_epoch
-    log = output / "log.jsonl"
-    if process.main:
+
+    done, best, losses, elapsed = 0, None, [], 0.0  # all that a resumed run needs besides weights and optimizer
+    if state:
+        done, best, losses, elapsed = state["step"], state["best"], state["losses"], state["elapsed"]
+        optimizer.load_state_dict(state["optimizer"])
+        if len(state["random"]) == process.world:
+            torch.set_rng_state(state["random"][process.rank]["cpu"])
+            if process.device.type == "cuda" and "cuda" in state["random"][process.rank]:
+                torch.cuda.set_rng_state(state["random"][process.rank]["cuda"], process.device)
+        else:
+            torch.manual_seed(settings.seed + done * process.world + process.rank)
+            show(f"note: {process.world} processes instead of {len(state['random'])}: the same data order, other dropout")
+        if process.main:  # evaluations after the state will be made again
+            records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            kept = [r for r in records if r["event"] == "start" or r.get("step", 0) <= done and r["event"] == "evaluation"]
+            write_file(log, lambda path: path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), "utf-8"))
+    elif process.main:
+        clear_output(output)
         output.mkdir(parents=True, exist_ok=True)
         for name, content in tokenizer.files.items():
             write_file(output / name, lambda path: path.write_bytes(content))
-        append(log, {"event": "start", **(header or {}), "pruning": pruning, "settings": asdict(settings), "steps": steps,
-                     "examples": len(train_set), "processes": process.world, "device": str(process.device),
-                     "precision": process.precision, "torch": torch.__version__, "machine": platform.machine()})  # fmt: skip
+        append(log, header | {"steps": steps, "processes": process.world, "device": str(process.device),
+                              "precision": process.precision, "torch": torch.__version__, "machine": platform.machine()})  # fmt: skip
 
-    best: dict[str, Any] | None = None
-    losses, times = [], []
-    started = time.perf_counter()
-    for step, indices in enumerate(training_batches(train_set, settings, steps)):
-        step_started = time.perf_counter()
-        for group, peak in zip(optimizer.param_groups, peak_rates):
-            group["lr"] = peak * rate_factor(step, steps, settings.warmup)
-        model.train()
-        loss = backward(replica, train_set, indices, pruning, settings, process)
-        norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            kept = f"the last good checkpoint is in {output}" if best else "no checkpoint was saved yet"
-            raise InputError(f"step {step + 1}: the loss is not finite any more; lower the learning rate. {kept[0].upper()}{kept[1:]}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        times.append(time.perf_counter() - step_started)
+    def save() -> None:
+        random = random_state(process)
         if process.main:
-            progress(step=step + 1, steps=steps, loss=losses[-1], score=best and best["score"])
+            save_state(output / STATES, {
+                "step": done, "best": best, "losses": losses, "elapsed": elapsed + time.perf_counter() - started,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random,
+            })  # fmt: skip
 
-        if (step + 1) % save_steps == 0 or step + 1 == steps:
-            evaluation = evaluate(model, dev_sets, metric, process, settings.batch_size)
-            record = {
-                "event": "evaluation", "step": step + 1, "epoch": (step + 1) / steps_per_epoch,
-                "train_loss": sum(losses) / len(losses), **asdict(evaluation),
-                "thresholds": model.thresholds.tolist() if model.config.prune_mode == "absolute_threshold" else None,
-                "elapsed": time.perf_counter() - started,
-            }  # fmt: skip
-            losses = []
-            saved = best is None or not settings.load_best or evaluation.score > best["score"]
-            best = record if saved else best
-            if process.main:
-                append(log, record | {"saved": saved})
-                if saved:
-                    save_model(output, model)
+    times = []
+    started = time.perf_counter()
+    with stop_signals() as signals:
+        for indices in training_batches(train_set, settings, done, steps):
+            step_started = time.perf_counter()
+            for group, peak in zip(optimizer.param_groups, peak_rates):
+                group["lr"] = peak * rate_factor(done, steps, settings.warmup)
+            model.train()
+            loss = backward(replica, train_set, indices, pruning, settings, process)
+            norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
+            if model.thresholds.grad is not None:
+                norm += float(model.thresholds.grad.norm())
+            check_finite(loss + norm, done + 1, output, best)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            losses.append(loss)
+            times.append(time.perf_counter() - step_started)
+            progress(step=done, steps=steps, loss=loss, score=best and best["score"], flops=best and best["relative_flops"])
+
+            if done % save_steps == 0 or done == steps:
+                evaluation = evaluate(model, dev_sets, metric, process, settings.batch_size)
+                check_finite(evaluation.loss, done, output, best)
+                record = {
+                    "event": "evaluation", "step": done, "epoch": done / steps_per_epoch,
+                    "train_loss": sum(losses) / len(losses), **asdict(evaluation),
+                    "thresholds": model.thresholds.tolist() if model.config.prune_mode == "absolute_threshold" else None,
+                    "elapsed": elapsed + time.perf_counter() - started,
+                }  # fmt: skip
+                losses = []
+                saved = best is None or not settings.load_best or evaluation.score > best["score"]
+                best = record if saved else best
+                if process.main:
+                    if saved:
+                        save_model(output, model)
+                    append(log, record | {"saved": saved})
                 show(describe(record, saved and settings.load_best))
-    return Result(best, steps, float(np.median(times)))
+                if done < steps:
+                    save()
+            stopped = process.sum(torch.tensor([sum(signals[:1])], device=process.device)).item()  # any process's signal
+            if stopped and done < steps:
+                save()
+                raise Interrupted(f"stopped after step {done} of {steps}; the same command with --resume goes on", max(signals, default=signal.SIGTERM))
+    if process.main:
+        append(log, {"event": "end", "best": best})
+        for path in (output / STATES).glob("step-*.pt"):  # a finished run has nothing to resume
+            path.unlink()
+        with contextlib.suppress(OSError):
+            (output / STATES).rmdir()
+    return Result(best, steps, float(np.median(times)) if times else math.nan)
+
+
+def check_same_run(log: Path, header: dict[str, Any]) -> None:
+    """Raises InputError if the log was begun with other settings than the resuming command's."""
+    try:
+        first = json.loads(log.read_text(encoding="utf-8").split("\n", 1)[0])
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise InputError(f"{log}: damaged; pass --overwrite to start again") from None
+
+    def flat(record: dict[str, Any]) -> dict[str, Any]:
+        return {k: record.get(k) for k in header if k != "settings"} | record.get("settings", {})
+
+    here, there = flat(header), flat(first)
+    for name in here:
+        if here[name] != there.get(name):
+            raise InputError(f"{log}: the run was started with {name} = {there.get(name)}, not {here[name]}; resume with the same options")
+
+
+def finished(log: Path) -> dict[str, Any] | None:
+    """The best record of a run that has come to its end; None for another."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        return last["best"] if last["event"] == "end" else None
+    return None
+
+
+def check_finite(value: float, step: int, output: Path, best: dict[str, Any] | None) -> None:
+    """Raises InputError for a loss or gradient that is infinite or not a number."""
+    if not math.isfinite(value):
+        kept = f"The last good checkpoint is in {output}" if best else "No checkpoint was saved yet"
+        raise InputError(f"step {step}: the loss is not finite any more; lower the learning rate. {kept}")
 
 
 def check_settings(settings: Settings) -> None:
     """Raises InputError for settings out of range."""
     for name, low in (("batch_size", 1), ("accumulate", 1), ("epochs", 1e-9), ("learning_rate", 0), ("max_grad_norm", 1e-9),
-                      ("warmup", 0), ("temperature", 1e-12), ("threshold_learning_rate", 0), ("weight_decay", 0)):  # fmt: skip
+                      ("warmup", 0), ("temperature", 1e-12), ("threshold_learning_rate", 0), ("weight_decay", 0),
+                      ("regularization", 0), ("threshold_weight_decay", 0), ("seed", 0)):  # fmt: skip
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= low):
             raise InputError(f"{name} = {value}: expected {'more than 0' if 0 < low < 1 else f'at least {low}'}")
@@ -348,16 +516,13 @@ def check_settings(settings: Settings) -> None:
         raise InputError(f"warmup = {settings.warmup}: is a share of the steps, expected 0 to 1")
 
 
-def training_batches(examples: Examples, settings: Settings, steps: int) -> Iterator[np.ndarray]:
-    """The global batches of a run, one a step, epoch after epoch."""
-    done, epoch = 0, 0
-    while True:
-        for indices in epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch):
-            if done == steps:
-                return
-            yield indices
-            done += 1
-        epoch += 1
+def training_batches(examples: Examples, settings: Settings, first: int, steps: int) -> Iterator[np.ndarray]:
+    """The global batches of steps `first` (from 0) to `steps` - 1, epoch after epoch."""
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    for epoch in range(first // per_epoch, math.ceil(steps / per_epoch)):
+        batches = epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch)
+        start = epoch * per_epoch
+        yield from batches[max(0, first - start) : steps - start]
 
 
 def backward(
@@ -388,6 +553,11 @@ def backward(
                 loss = loss + settings.regularization * output.soft_mask_sum / tokens
             (loss * weight).backward()
         total += loss.detach().double() * (weight > 0)
+    # A key's bias adds the same to all logits of a query, which softmax ignores: its gradient is 0 but for rounding, and
+    # Adam would blow that up to whole steps in a random direction.
+    for module in replica.modules():
+        if isinstance(module, SelfAttention):
+            module.query_key_value.bias.grad.chunk(3)[1].zero_()
     return float(process.sum(total))
 
 
@@ -426,6 +596,7 @@ def run_stage(
     options: PruningOptions = PruningOptions(),
     output: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     process: Process = Process(),
     show: Callable[[str], Any] = lambda line: None,
     progress: Callable[..., Any] = lambda **state: None,
@@ -447,18 +618,26 @@ def run_stage(
     tokenizer.check_fits(config.vocab_size, restore)
     output = output or default_output(stage, restore, source.task, replace(config, **changes), settings)
     check_settings(settings)
-    if process.main:
-        check_output(output, overwrite)
-    # Fine-tuning may change the classes; later stages keep those of the checkpoint.
+    check_output(output, overwrite, resume)
+    if output.resolve() == Path(restore).resolve():
+        raise InputError(f"--output {output}: is the checkpoint to start from; choose another")
+    best = finished(output / "log.jsonl") if resume else None
+    if best:
+        show("this run has come to its end: nothing to resume")
+        return output, Result(best, best["step"], math.nan)
+    # Fine-tuning may change the classes of your own data; later stages keep those of the checkpoint.
     known = source.task.labels if stage == "finetune" else known_labels(source.task, config)
     train_sets, labels = load_examples(source, "train", tokenizer, max_length, known)
     dev_sets, _ = load_examples(source, "dev", tokenizer, max_length, labels)
-    model, has_thresholds, notes = load_model(restore, labels or ("score",), **changes)
+    model, has_thresholds, notes = load_model(restore, labels or ("score",), new_head=True, **changes)
     if stage == "hard" and not has_thresholds:
         raise InputError(f"{restore}: has no learned thresholds; run `soft` first (or `manual` for fixed ones)")
     if stage == "manual":
         model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
     elif stage == "soft":
+        if options.final_token_threshold is not None or model.config.score_norm != config.score_norm:
+            has_thresholds = False  # asked to start anew, or their scale has changed
+            model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
         how = "continue from the checkpoint's" if has_thresholds else f"start from 0 to {model.config.final_token_threshold}"
         notes.append(f"the thresholds {how}")
 
@@ -471,18 +650,15 @@ def run_stage(
     pruning = {"finetune": "none", "soft": "soft", "topk": "topk"}.get(stage, "hard")
     header = {"stage": stage, "task": source.task.name, "restore": str(restore)}
     result = train(model, pruning, train_set, dev_sets, source.task.metric, settings, output, tokenizer, process, show,
-                   progress, header)  # fmt: skip
+                   progress, header, resume)  # fmt: skip
     return output, result
 
 
 def known_labels(task: Task, config: Config) -> tuple[str, ...] | None:
-    """The task's labels in the order the checkpoint knows them, where it has the same ones; None: read the data."""
+    """The task's labels; for your own data those of the checkpoint, or None: read them off the data."""
     if task.labels is None:
         # Hugging Face's placeholder names say nothing of the data.
         return None if config.labels[0] == "LABEL_0" else config.labels
-    same = {name.lower(): i for i, name in enumerate(config.labels)}
-    if task.labels and set(same) == set(task.labels):
-        return tuple(sorted(task.labels, key=same.__getitem__))
     return task.labels
 
 
@@ -518,22 +694,29 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
 
 
 def evaluate_checkpoint(
-    folder: Path, source: Source, process: Process, batch_size: int = 32, max_length: int | None = None, dense: bool = False
+    folder: Path, source: Source, process: Process, batch_size: int = 32, max_length: int | None = None, dense: bool = False,
+    show: Callable[[str], Any] = lambda line: None,
 ) -> Evaluation:
     """Evaluates a trained model folder on the source's evaluation set. Raises: InputError."""
-    model = load_model(folder).model.to(process.device)
-    limit = length_limit(model.config, folder, max_length)
+    config = load_config(folder)
+    limit = length_limit(config, folder, max_length)
     tokenizer = Tokenizer(folder)
-    tokenizer.check_fits(model.config.vocab_size, folder)
-    labels = known_labels(source.task, model.config)
-    if labels is None:
-        labels = model.config.labels
-    if max(1, len(labels)) != len(model.config.labels):
+    tokenizer.check_fits(config.vocab_size, folder)
+    labels = config.labels if source.task.labels is None else source.task.labels
+    if max(1, len(labels)) != len(config.labels):
+        hint = " (scores need --regression)" if len(config.labels) == 1 and source.task.name == "custom" else ""
         raise InputError(
-            f"{folder}: has {len(model.config.labels)} outputs, but {source.task.name} needs {max(1, len(labels))}; "
-            "evaluate the checkpoint of a run on this task"
+            f"{folder}: has {len(config.labels)} outputs, but {source.task.name} needs {max(1, len(labels))}; "
+            f"evaluate the checkpoint of a run on this task{hint}"
         )
-    sets, _ = load_examples(source, "dev", tokenizer, limit, labels)
+    model, _, notes = load_model(folder, labels or config.labels)
+    model.to(process.device)
+    sets, _ = load_examples(source, "eval", tokenizer, limit, labels)
+    for note in notes:
+        show(f"note: {note}")
+    cut = sum(examples.truncated for examples in sets.values())
+    if cut:
+        show(f"{cut:,} texts longer than {limit} tokens were cut")
     return evaluate(model, sets, source.task.metric, process, batch_size, "none" if dense else None)
 
 
@@ -566,8 +749,8 @@ class Predictor:
                 self.truncated += len(ids) > self.max_length
                 ids = ids[: self.max_length]
                 encoded[i] = (ids, [0] * len(ids))
-            elif not all(isinstance(record.get(key, ""), str) for key in ("text", "text_pair")):
-                raise InputError(f"{where}: text and text_pair must be strings")
+            elif not all(is_text(record.get(key, "")) for key in ("text", "text_pair")):
+                raise InputError(f"{where}: text and text_pair must be strings of valid characters")
             else:
                 texts["text_pair" in record].append(i)
         for pair, indices in texts.items():
@@ -576,6 +759,9 @@ class Predictor:
             if self.tokenizer is None:
                 self.tokenizer = Tokenizer(self.folder)
                 self.tokenizer.check_fits(self.model.config.vocab_size, self.folder)
+            smallest = self.tokenizer.backend.num_special_tokens_to_add(pair) + 1
+            if self.max_length < smallest:
+                raise InputError(f"--max-length {self.max_length}: leaves no room for text; expected at least {smallest}")
             pairs = [records[i][1]["text_pair"] for i in indices] if pair else None
             for i, result in zip(indices, self.tokenizer.encode([records[i][1]["text"] for i in indices], pairs, self.max_length)):
                 encoded[i] = (result.token_ids, result.segment_ids)
@@ -628,24 +814,28 @@ def predict_file(
 
     done = 0
 
+    process = predictor.process
+
     def run(file: Any) -> None:
         nonlocal done
-        for window in chunked(records(), 32 * predictor.batch_size):
-            for answer in predictor.answer(window):
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        for window in chunked(records(), 32 * predictor.batch_size * process.world):
+            # Each process answers every world-th line; the main one writes them in order.
+            parts = process.gather(predictor.answer(window[process.rank :: process.world]))
+            for i in range(len(window) if process.main else 0):
+                file.write(json.dumps(parts[i % process.world][i // process.world], ensure_ascii=False) + "\n")
             done += len(window)
             progress(step=done, steps=None)
+        if done == 0:
+            raise InputError(f"{source}: holds no lines")
 
     def write(path: Path) -> None:
         with open(path, "w", encoding="utf-8") as file:
             run(file)
 
-    if output is None:
+    if output is None or not process.main:
         run(sys.stdout)
     else:
         write_file(output, write)
-    if done == 0:
-        raise InputError(f"{source}: holds no lines")
     return done
 
 
@@ -667,8 +857,13 @@ class DemoResult(NamedTuple):
 
 def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: Callable, progress: Callable) -> DemoResult:
     """Makes data, tokenizer and an untrained model, and runs every stage on them as the commands would."""
-    if folder.exists() and not overwrite and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise InputError(f"--output {folder}: is not empty; choose another or pass --overwrite")
+    if process.world > 1:
+        raise InputError("the demo runs in one process; start it without torchrun")
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        if not overwrite:
+            raise InputError(f"--output {folder}: is not empty; choose another or pass --overwrite")
+        if not (folder / "untrained" / "config.json").is_file():
+            raise InputError(f"--output {folder}: holds something else than a demo; choose another")
     data, start = folder / "data", folder / "untrained"
     write_demo(data, seed)
     model = Model(Config(**DEMO_CONFIG))
@@ -693,7 +888,7 @@ def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: C
             flags += f" --lambda {settings.regularization} --lr-threshold {settings.threshold_learning_rate}"
         show(f"\n$ python ltp.py {stage} --data {data} --restore {folder / restore} {flags} --output {folder / stage}")
         _, result = run_stage(stage, folder / restore, source, settings, PruningOptions(**pruning), folder / stage, overwrite,
-                              process, show, progress)  # fmt: skip
+                              process=process, show=show, progress=progress)  # fmt: skip
         rows.append((stage, dict(result.best)))
 
     labels = load_config(folder / "hard").labels

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import random_sequences, small_model
-from model import load_model, save_model
 
 from ltp import main
+from model import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("demo", "finetune", "soft", "hard", "topk", "manual", "eval", "predict")
@@ -65,7 +65,7 @@ def test_eval_prints_and_writes(runs, demo, tmp_path):
     run("eval", "--data", demo / "data" / "dev.jsonl", "--restore", runs / "soft", "--dense", "--json", tmp_path / "r.json")
     dense = json.loads((tmp_path / "r.json").read_text())
     assert dense["relative_flops"] == 1.0 and dense["examples"] == 41
-    logged = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[-1])
+    logged = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[-2])
     assert logged["metrics"] == record["metrics"] and logged["relative_flops"] == pytest.approx(record["relative_flops"])
 
 
@@ -93,6 +93,8 @@ def test_golden_style_folder_without_tokenizer(tmp_path):
     save_model(tmp_path / "m", small_model(prune_mode="topk"))
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"token_ids": s}) for s in random_sequences(5)))
     run("predict", "--restore", tmp_path / "m", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "holds no lines" in refused("predict", "--restore", tmp_path / "m", "--input", tmp_path / "empty.jsonl", "--output", tmp_path / "out.jsonl")
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
 
 
@@ -141,6 +143,12 @@ def test_bad_input_is_one_line(runs, demo, tmp_path):
     assert "holds no train.tsv" in refused("finetune", *model, "--data", tmp_path / "empty")
     assert "run `soft` first" in refused("hard", *data, "--restore", runs / "finetune")
     assert "already holds a run" in refused("soft", *data, "--restore", runs / "finetune", "--output", runs / "soft")
+    assert "--dev-data" in refused("finetune", *model, "--data", demo / "data" / "dev.jsonl")
+    assert "leaves no room for text" in refused("eval", *data, "--restore", runs / "soft", "--max-length", 2)
+    before = (runs / "soft" / "model.safetensors").read_bytes()
+    refused("soft", "--data", tmp_path / "empty", "--restore", runs / "finetune", "--output", runs / "soft", "--overwrite")
+    assert "is the checkpoint to start from" in refused("soft", *data, "--restore", runs / "soft", "--output", runs / "soft", "--overwrite")
+    assert (runs / "soft" / "model.safetensors").read_bytes() == before
     assert "no column 'words'" in refused("finetune", *data, *model, "--text-column", "words", "--output", tmp_path / "o")
     assert "classification head" in refused("eval", *data, "--restore", headless(demo, tmp_path))
     assert "has 2 outputs, but MNLI needs 3" in refused("eval", "--task", "MNLI", "--data", tmp_path, "--restore", runs / "soft")

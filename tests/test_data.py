@@ -78,10 +78,10 @@ def test_csv_jsonl_and_parquet_read_alike(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("x.tsv", b"", "holds no examples|no column"), ("x.tsv", b"text\tlabel\n", "holds no examples"),
     ("x.tsv", b"text\tlabel\nabc\n", "line 2: 1 columns, expected 2"), ("x.tsv", b"words\tlabel\na\t1\n", "no column 'text'"),
-    ("x.tsv", b"text\tlabel\n\xff\xfe\t1\n", "not UTF-8"), ("x.csv", b"text\na\n", "no column 'label'"),
+    ("x.tsv", b"text\tlabel\n\xff\xfe\t1\n", "not UTF-8"), ("x.csv", b"text\na\n", "no column 'label'"), ("x.csv", b"text,label\na, b,1\n", "line 2: 3 columns, expected 2"),
     ("x.csv", b'text,label\n"open,1\n', "not readable"), ("x.jsonl", b"{'text'}\n", "line 1: not JSON"),
     ("x.jsonl", b'{"text": "a", "label": 1}\n[1]\n', "line 2: expected a JSON object"),
-    ("x.jsonl", b'{"text": 5, "label": 1}\n', "line 1: the text is not a string"),
+    ("x.jsonl", b'{"text": 5, "label": 1}\n', "line 1: the text is not a string of valid"),
     ("x.jsonl", b'{"text": "a", "label": null}\n', "line 1: no value in the column 'label'"),
     ("x.parquet", b"PAR1 not really", "not a readable Parquet file"), ("x.xlsx", b"", "unknown kind of file"),
 ])  # fmt: skip

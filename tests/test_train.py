@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import random_sequences, small_model
 
-from data import Examples, InputError, Settings, Source, Tokenizer, custom_task
+from data import Examples, InputError, Settings, Source, custom_task, find_task
 from model import load_model, save_model, threshold_ladder
 from train import (
-    Predictor, Process, PruningOptions, backward, check_output, default_output, evaluate, known_labels, make_optimizer,
-    measure_speed, predict_examples, rate_factor, run_stage, task_loss, train,
+    Predictor, Process, PruningOptions, backward, check_output, clear_output, default_output, evaluate, known_labels, make_optimizer,
+    measure_speed, predict_examples, rate_factor, run_stage, task_loss,
 )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_weights(demo, tmp_path):
 
 def test_log_and_folder(demo, finetuned):
     records = [json.loads(line) for line in (finetuned / "log.jsonl").read_text().splitlines()]
-    assert [r["event"] for r in records] == ["start", "evaluation"] and records[0]["settings"]["learning_rate"] == 1e-3
+    assert [r["event"] for r in records] == ["start", "evaluation", "end"] and records[0]["settings"]["learning_rate"] == 1e-3
     evaluation = records[1]
     for key in ("train_loss", "loss", "score", "relative_flops", "kept", "thresholds", "seconds", "step", "epoch", "saved"):
         assert key in evaluation
@@ -190,25 +190,30 @@ def test_best_or_last_checkpoint(demo, tmp_path, monkeypatch):
         assert saved == ([2, 4] if load_best else [2, 4, 6])
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(demo, tmp_path):
-    with pytest.raises(InputError, match=r"step \d+: the loss is not finite any more; lower the learning rate. The last good checkpoint"):
-        stage(demo, "finetune", demo / "model", tmp_path, learning_rate=1e30, save_steps=1, warmup=0.0)
-    assert load_model(tmp_path).model.config.labels == ("negative", "positive")
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"step \d: the loss is not finite any more; lower the learning rate. No checkpoint"):
+        stage(demo, "finetune", demo / "model", tmp_path / "a", learning_rate=1e30, save_steps=1, warmup=0.0)
+    import train as module
+
+    real, steps = module.backward, []
+    monkeypatch.setattr(module, "backward", lambda *args: steps.append(real(*args)) or (math.nan if len(steps) == 4 else steps[-1]))
+    with pytest.raises(InputError, match="step 4: the loss is not finite any more; lower the learning rate. The last good checkpoint"):
+        stage(demo, "finetune", demo / "model", tmp_path / "b", save_steps=2)
+    assert load_model(tmp_path / "b").model.config.labels == ("negative", "positive")
 
 
 def test_an_output_that_holds_a_run_is_refused_and_overwritten_on_demand(finetuned, tmp_path):
-    with pytest.raises(InputError, match="already holds a run .config.json.; choose another or pass --overwrite"):
-        check_output(finetuned, overwrite=False)
+    with pytest.raises(InputError, match="already holds a run .config.json.; choose another, or pass --resume"):
+        check_output(finetuned, overwrite=False, resume=False)
+    check_output(finetuned, overwrite=True, resume=False)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "mine.txt").write_text("keep me")
     (tmp_path / "hard").mkdir()
-    check_output(tmp_path, overwrite=True)
+    clear_output(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hard", "mine.txt"]
 
 
 def test_default_folders_are_the_authors():
-    from data import find_task
-
     config, settings, task = small_model().config, Settings(temperature=2e-4, regularization=0.15), find_task("SST-2")
     folder = default_output("soft", Path("x"), task, config, settings)
     assert str(folder) == "checkpoints/base/SST2/absolute_threshold/rate_0.01/temperature_0.0002/lambda_0.15/lr_2e-05"
@@ -217,12 +222,19 @@ def test_default_folders_are_the_authors():
     assert str(default_output("topk", Path("x"), task, config, settings)) == "x/topk/lr_2e-05"
 
 
-def test_labels_keep_the_checkpoints_order():
-    from data import find_task
-
+def test_labels_of_your_own_data_are_the_checkpoints():
     config = replace(small_model().config, labels=("CONTRADICTION", "NEUTRAL", "ENTAILMENT"))
-    assert known_labels(find_task("MNLI"), config) == ("contradiction", "neutral", "entailment")
+    assert known_labels(custom_task(None, None, None, False), config) == config.labels
     assert known_labels(find_task("MRPC"), config) == ("not_equivalent", "equivalent")
+
+
+def test_a_head_with_the_tasks_labels_in_another_order_is_permuted(tmp_path):
+    model = small_model(labels=("CONTRADICTION", "NEUTRAL", "ENTAILMENT"))
+    save_model(tmp_path, model)
+    task = find_task("MNLI")
+    again, _, notes = load_model(tmp_path, task.labels)
+    assert torch.equal(again.head.output.weight, model.head.output.weight[[2, 1, 0]]) and not notes
+    assert torch.equal(again.head.output.bias, model.head.output.bias[[2, 1, 0]])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -277,5 +289,3 @@ def test_bf16_autocast_trains_thresholds_too(demo, finetuned, tmp_path):
     backward(model, examples(8), np.arange(8), "soft", Settings(), Process(precision="bf16"))
     assert model.thresholds.dtype == torch.float32 and (model.thresholds.grad != 0).all()
 
-
-__all__ = ["Tokenizer", "train"]
