@@ -1,0 +1,207 @@
+"""Interrupted runs: whatever stops one, going on gives the weights of a run that was never stopped, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import InputError, Settings, Source, custom_task
+from train import STATES, Interrupted, run_stage
+
+ROOT = Path(__file__).parent.parent
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def start(demo, tmp_path_factory) -> Path:
+    """The demo's model with dropout, so that the random state matters, and with a head."""
+    folder = tmp_path_factory.mktemp("resume") / "start"
+    shutil.copytree(demo / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "classifier_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def train(demo: Path, start: Path, output: Path, progress=lambda **state: None, show=lambda line: None, resume=True, **changes):
+    settings = Settings(**{"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 15, "save_steps": 3} | changes)
+    torch.manual_seed(settings.seed)
+    source = Source(custom_task(None, None, None, False), demo / "data")
+    return run_stage("soft", start, source, settings, output=output, resume=resume, progress=progress, show=show)
+
+
+@pytest.fixture(scope="module")
+def straight(demo, start, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("straight")
+    train(demo, start, output)
+    return output
+
+
+def evaluations(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timed = ("seconds", "examples_per_second", "elapsed")
+    return [{k: v for k, v in r.items() if k not in timed} for r in records if r["event"] == "evaluation"]
+
+
+def same(a: Path, b: Path) -> None:
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+    assert evaluations(a) == evaluations(b)
+    assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}  # nothing left over
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(demo, start, straight, tmp_path, number):
+    def stop_at(step, **state):
+        if step in (4, 11):
+            os.kill(os.getpid(), number)
+
+    for step in (4, 11):
+        with pytest.raises(Interrupted, match=f"stopped after step {step} of {STEPS}; the same command with --resume goes on") as caught:
+            train(demo, start, tmp_path, stop_at)
+        assert caught.value.number == number
+        if step == 4:
+            stop_at = lambda step, **state: step == 11 and os.kill(os.getpid(), number)  # noqa: E731
+    lines = []
+    train(demo, start, tmp_path, show=lines.append)
+    assert "resuming after step 11" in lines
+    same(tmp_path, straight)
+    lines.clear()
+    train(demo, start, tmp_path, show=lines.append)
+    assert lines == ["this run has come to its end: nothing to resume"]
+
+
+def test_a_damaged_state_is_passed_over(demo, start, straight, tmp_path):
+    with pytest.raises(Interrupted):
+        train(demo, start, tmp_path, lambda step, **state: step == 8 and os.kill(os.getpid(), signal.SIGTERM))
+    states = sorted((tmp_path / STATES).glob("step-*.pt"))
+    assert [int(p.name.split("-")[1]) for p in states] == [6, 8]
+    content = bytearray(states[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    states[1].write_bytes(content)
+    other = tmp_path.parent / "copy"
+    shutil.copytree(tmp_path, other)
+    lines = []
+    train(demo, start, tmp_path, show=lines.append)
+    assert any("is damaged; trying the one before" in line for line in lines) and "resuming after step 6" in lines
+    same(tmp_path, straight)
+
+    for path in (other / STATES).glob("step-*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    lines = []
+    train(demo, start, other, show=lines.append)
+    assert "nothing to resume: starting from the beginning" in lines
+    same(other, straight)
+
+
+def test_resuming_with_other_settings_is_refused(demo, start, tmp_path):
+    with pytest.raises(Interrupted):
+        train(demo, start, tmp_path, lambda step, **state: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="was started with learning_rate = 0.001, not 0.002; resume with the same options"):
+        train(demo, start, tmp_path, learning_rate=2e-3)
+    with pytest.raises(InputError, match="--resume to go on with it"):
+        train(demo, start, tmp_path, resume=False)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+# ---- as separate processes ----
+
+
+def command(demo: Path, start: Path, output: Path, *launcher: str) -> list[str]:
+    return [*launcher, str(ROOT / "ltp.py"), "soft", "--data", str(demo / "data"), "--restore", str(start), "--output", str(output),
+            "--lr", "1e-3", "--epochs", "2", "--bs", "15", "--save-steps", "3", "--load-best", "--threads", "1", "--resume"]  # fmt: skip
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def finish(arguments: list[str], code: int = 0) -> str:
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert result.returncode == code, result.stderr
+    return result.stderr
+
+
+def kill_at_random_moments(demo, start, tmp_path, kills: int) -> None:
+    generator = random.Random(kills)
+    alone = command(demo, start, tmp_path / "straight", sys.executable)
+    finish(alone)
+    broken = command(demo, start, tmp_path / "killed", sys.executable)
+    for _ in range(kills):
+        process = subprocess.Popen(broken, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+        log = tmp_path / "killed" / "log.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        deadline = time.time() + 60  # wait until training has begun, then a random moment
+        while process.poll() is None and time.time() < deadline and (not log.exists() or log.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.6))
+        process.kill()
+        process.wait()
+    finish(broken)
+    same(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_killed_at_random_moments(demo, start, tmp_path):
+    kill_at_random_moments(demo, start, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_killed_ten_times(demo, start, tmp_path):
+    kill_at_random_moments(demo, start, tmp_path, 10)
+
+
+def torchrun(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *options]
+
+
+def test_a_killed_worker_is_restarted_and_the_result_is_the_same(demo, start, tmp_path):
+    two = torchrun("--standalone", "--nproc-per-node", "2")
+    finish(command(demo, start, tmp_path / "straight", *two))
+    process = subprocess.Popen(
+        command(demo, start, tmp_path / "killed", *two, "--max-restarts", "1"), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    states = tmp_path / "killed" / STATES
+    while process.poll() is None and not list(states.glob("step-*.pt")):
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "resuming after step" in errors, errors
+    same(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_two_nodes_agree_with_one(demo, start, tmp_path):
+    finish(command(demo, start, tmp_path / "one", *torchrun("--standalone", "--nproc-per-node", "2")))
+    nodes = []
+    for rank in range(2):
+        node = torchrun("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), "--rdzv-backend", "c10d",
+                        "--rdzv-endpoint", "localhost:29531", "--rdzv-id", "test")  # fmt: skip
+        nodes.append(subprocess.Popen(command(demo, start, tmp_path / "two", *node), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT))
+    for node in nodes:
+        _, errors = node.communicate(timeout=300)
+        assert node.returncode == 0, errors
+    same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
+def test_a_full_disk_is_said_and_costs_nothing(demo, start, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        stderr = finish(command(demo, start, disk / "run", sys.executable), code=2)
+        assert "Error: " in stderr and "could not be written" in stderr and "Traceback" not in stderr
+        from model import load_model
+
+        load_model(disk / "run")  # the checkpoint of the first evaluation is whole
+        assert not list((disk / "run").rglob("*.new")) and not list((disk / "run").rglob(".*"))
+    finally:
+        subprocess.run(["umount", str(disk)])
