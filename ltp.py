@@ -291,6 +291,52 @@ def eval_command(**given: Any) -> None:
 
 
 @main.command()
+@restore_option
+@data_options
+@click.option("--lengths", metavar="N,N,…", help="Instead of data: random tokens, each sequence of one of these lengths.")
+@click.option("--examples", default=256, show_default=True, type=click.IntRange(1), help="How many to time.")
+@click.option("--batch-size", "--bs", "batch_sizes", multiple=True, default=(1, 32), show_default=True, type=click.IntRange(1),
+              help="May be given several times.")  # fmt: skip
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Timed passes, after one to warm up.")
+@click.option("--seed", default=42, show_default=True, type=click.IntRange(0, 2**31), help="Of the choice of examples.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the figures there too.")
+@machine_options
+def bench(**given: Any) -> None:
+    """Measure a checkpoint's speed: pruned beside dense, in turn in one run, medians after a warm-up.
+
+    \b
+    python ltp.py bench --restore CKPT --task MRPC --data glue/
+    python ltp.py bench --restore CKPT --lengths 32,64,128 --batch-size 1 --batch-size 64
+
+    "FLOPs into time" is the measured speed-up over the FLOPs reduction by the formula of `eval`. Dense runs have the
+    last layer's saving too (only the first token is computed there), which the formula leaves out, and gain more by it;
+    "done" is the reduction with the saving counted in both.
+    """
+    if bool(given["lengths"]) == bool(given["task"] or given["data"]):
+        raise click.UsageError("pass --task or --data, or else --lengths")
+    try:
+        lengths = [int(n) for n in given["lengths"].split(",")] if given["lengths"] else None
+    except ValueError:
+        lengths = [0]
+    if lengths and min(lengths) < 1:
+        raise click.UsageError(f"--lengths {given['lengths']}: expected whole numbers of at least 1, with commas")
+    source = None if lengths else make_source(given)
+    from model import find_model, write_file
+    from train import bench_checkpoint, start_process
+
+    process = start_process(given["device"], given["precision"], given["threads"], given["seed"])
+    result = bench_checkpoint(
+        find_model(given["restore"]), source, lengths, given["examples"], list(given["batch_sizes"]), given["repeats"],
+        process, given["max_seq_length"], given["seed"],
+    )  # fmt: skip
+    if not process.main:
+        return
+    speed_table(result)
+    if given["json_file"]:
+        write_file(given["json_file"], lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+
+
+@main.command()
 @click.argument("text", required=False)
 @click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub.")
 @click.option("--pair", metavar="TEXT", help="The second text, for a task on pairs.")
@@ -408,6 +454,26 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
         table.add_row(*cells, " ".join(f"{share:.2f}" for share in record["kept"]))
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
+
+
+def speed_table(result: dict[str, Any]) -> None:
+    """Prints what `bench` measured, and under which conditions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    for name in ("batch", "", "ms a batch", "p95", "examples/s", "FLOPs", "done", "speed-up", "FLOPs into time"):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+    for s in result["speeds"]:
+        table.add_row(str(s["batch_size"]), "dense", f"{1e3 * s['dense_latency']:.2f}", f"{1e3 * s['dense_latency_p95']:.2f}",
+                      f"{s['dense_examples_per_second']:.1f}", "1.00x", "1.00x", "1.00x", "")  # fmt: skip
+        table.add_row("", "pruned", f"{1e3 * s['latency']:.2f}", f"{1e3 * s['latency_p95']:.2f}", f"{s['examples_per_second']:.1f}",
+                      f"{s['flops_reduction']:.2f}x", f"{s['done_reduction']:.2f}x", f"{s['speedup']:.2f}x", f"{s['flops_to_time']:.2f}")  # fmt: skip
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
+    conditions = dict(result["conditions"])
+    conditions["peak_memory"] = f"{conditions.pop('peak_memory_bytes') / 2**20:.0f} MiB"
+    click.echo("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in conditions.items()))
 
 
 def print_survivors(tokens: list[str], layers: list[set[int]], label: str) -> None:

@@ -159,7 +159,7 @@ class Config:
             ("attention_probs_dropout_prob", 0, 1), ("classifier_dropout", 0, 1),
             ("final_token_threshold", -math.inf, math.inf), ("token_keep_rate", -math.inf, 1),
         ):
-            if raw.get(key) is None:
+            if key not in raw or key == "classifier_dropout" and raw[key] is None:
                 continue
             if type(raw[key]) not in (int, float) or not (low <= raw[key] <= high) or abs(raw[key]) > 1e6:
                 limits = f" from {low} to {high}" if high == 1 and low == 0 else f" of at most {high}" if high == 1 else ""
@@ -589,6 +589,19 @@ def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
     D, F = config.hidden_size, config.intermediate_size
     entering = torch.cat([lengths[None], kept[:-1]])
     return (4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept).sum(0)
+
+
+def last_layer_saving(config: Config, entering: Tensor, kept: Tensor, scored: bool) -> Tensor:
+    """Multiply-accumulates of each sequence that `macs` counts and a classifier's last layer does not do.
+
+    entering, kept (B,): tokens before and after the last layer's pruning; scored: whether its scores are computed (for
+    thresholds they are, to tell how many tokens are kept). One query, output projection and feed-forward pass remain.
+    """
+    D, F = config.hidden_size, config.intermediate_size
+    counted = 4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept
+    queries = entering if scored else 1
+    done = D * D * (2 * entering + queries) + D * entering * queries + D * entering + D * D + 2 * D * F
+    return counted - done
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import resource
 import signal
 import sys
 import threading
@@ -28,11 +29,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    STAGES, Examples, InputError, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
+    STAGES, Batch, Examples, InputError, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
     evaluate_predictions, is_text, load_examples, pack, write_demo,
 )  # fmt: skip
 from model import (
-    Config, Model, SelfAttention, initialize, load_config, load_model, macs, save_model, threshold_ladder, write_file,
+    Config, Model, SelfAttention, initialize, last_layer_saving, load_config, load_model, macs, save_model, threshold_ladder, write_file,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,27 +212,113 @@ def evaluate(
     )  # fmt: skip
 
 
+@dataclass
+class Speed:
+    """A pruned model beside itself without pruning, at one batch size: measured in one run, interleaved."""
+
+    batch_size: int
+    latency: float  # seconds a batch, median over batches and repeats
+    latency_p95: float
+    dense_latency: float
+    dense_latency_p95: float
+    examples_per_second: float  # from the median repeat
+    dense_examples_per_second: float
+    tokens_per_second: float  # of the input, pruned tokens included
+    speedup: float  # dense time / pruned time, medians of the repeats
+    flops_reduction: float  # by the formula of `macs`
+    done_reduction: float  # the same of what is computed: without what the last layer saves in both runs
+    flops_to_time: float  # speedup / flops_reduction
+
+
 @torch.inference_mode()
-def measure_speed(
-    model: Model, examples: Examples, process: Process, batch_size: int = 32, repeats: int = 5
-) -> tuple[float, float]:
-    """Seconds for a pass over the examples, as the model prunes and dense: medians of interleaved repeats after a
-    warm-up pass, tokenization and packing apart."""
+def measure_speed(model: Model, batches: list[Batch], process: Process, repeats: int = 5) -> Speed:
+    """Times batches as the model prunes and dense, in turn, after a warm-up pass; tokenization and packing apart."""
     model.eval()
-    order = np.argsort(examples.lengths, kind="stable")
-    batches = [examples.batch(order[i : i + batch_size]).to(process.device) for i in range(0, len(order), batch_size)]
-    times: dict[str, list[float]] = {model.pruning: [], "none": []}
+    batches = [batch.to(process.device) for batch in batches]
+    times: dict[str, list[list[float]]] = {"pruned": [], "dense": []}
+    work = {}
     for repeat in range(repeats + 1):
-        for pruning, measured in times.items():
-            synchronize(process)
-            start = time.perf_counter()
+        for name, pruning in (("pruned", model.pruning), ("dense", "none")):
+            kept, row = [], []
             for batch in batches:
+                synchronize(process)
+                start = time.perf_counter()
                 with process.autocast():
-                    model(*batch, pruning=pruning)
-            synchronize(process)
+                    kept.append(model(*batch, pruning=pruning).kept)
+                synchronize(process)
+                row.append(time.perf_counter() - start)
             if repeat:
-                measured.append(time.perf_counter() - start)
-    return float(np.median(times[model.pruning])), float(np.median(times["none"]))
+                times[name].append(row)
+            else:
+                work[name] = torch.cat(kept, 1).cpu()
+    lengths = torch.cat([batch.lengths for batch in batches]).cpu()
+    counted, done = {}, {}
+    for name, kept in work.items():
+        entering = torch.cat([lengths[None], kept])[-2]
+        scored = name == "pruned" and model.pruning == "hard" and float(model.thresholds[-1]) > 0
+        counted[name] = int(macs(model.config, lengths, kept).sum())
+        done[name] = counted[name] - int(last_layer_saving(model.config, entering, kept[-1], scored).sum())
+    pruned, dense = np.array(times["pruned"]), np.array(times["dense"])
+    seconds, dense_seconds = np.median(pruned.sum(1)), np.median(dense.sum(1))
+    speedup, reduction = dense_seconds / seconds, counted["dense"] / counted["pruned"]
+    return Speed(*(x if isinstance(x, int) else float(x) for x in (
+        max(len(batch.lengths) for batch in batches), np.median(pruned), np.quantile(pruned, 0.95), np.median(dense),
+        np.quantile(dense, 0.95), len(lengths) / seconds, len(lengths) / dense_seconds, lengths.sum() / seconds, speedup,
+        reduction, done["dense"] / done["pruned"], speedup / reduction,
+    )))  # fmt: skip
+
+
+def sorted_batches(examples: Examples, batch_size: int) -> list[Batch]:
+    """All examples in batches of similar length."""
+    order = np.argsort(examples.lengths, kind="stable")
+    return [examples.batch(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+
+
+def bench_checkpoint(
+    folder: Path, source: Source | None, lengths: list[int] | None, count: int, batch_sizes: list[int], repeats: int,
+    process: Process, max_length: int | None = None, seed: int = 42,
+) -> dict[str, Any]:
+    """Speed of a checkpoint at each batch size, on `count` examples of the source, or on random tokens of the lengths.
+
+    Returns the figures and their conditions. Raises: InputError.
+    """
+    model = load_model(folder).model.to(process.device)
+    generator = np.random.default_rng(seed)
+    if source is None:
+        config = model.config
+        drawn = generator.choice(lengths, count)
+        if drawn.max() > config.max_tokens:
+            raise InputError(f"--lengths {drawn.max()}: {folder} has positions for {config.max_tokens} tokens")
+        sequences = [generator.integers(0, config.vocab_size, n).tolist() for n in np.sort(drawn)]
+        make = lambda size: [pack(part) for part in chunked(sequences, size)]  # noqa: E731
+        where = "random tokens"
+    else:
+        tokenizer = Tokenizer(folder)
+        tokenizer.check_fits(model.config.vocab_size, folder)
+        labels = model.config.labels if source.task.labels is None else source.task.labels
+        limit = length_limit(model.config, folder, max_length)
+        examples = load_examples(source, "eval", tokenizer, limit, labels)[0][""]
+        chosen = np.sort(generator.permutation(len(examples))[:count])
+        examples = replace(examples, table=examples.table.select(chosen), lengths=examples.lengths[chosen])
+        make = lambda size: sorted_batches(examples, size)  # noqa: E731
+        where = source.task.name
+    speeds = [measure_speed(model, make(size), process, repeats) for size in batch_sizes]
+    everything = torch.cat([batch.lengths for batch in make(max(batch_sizes))]).double()
+    quantiles = everything.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    if process.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(process.device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "speeds": [asdict(speed) for speed in speeds],
+        "conditions": {
+            "checkpoint": str(folder), "pruning": model.pruning, "data": where, "examples": len(everything),
+            "mean_length": everything.mean().item(), "length_quantiles": dict(zip(("5%", "50%", "95%"), quantiles)),
+            "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine(),
+            "precision": process.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "repeats": repeats, "statistic": "median", "peak_memory_bytes": memory,
+        },
+    }  # fmt: skip
 
 
 def synchronize(process: Process) -> None:
@@ -891,12 +978,11 @@ def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: C
                               process=process, show=show, progress=progress)  # fmt: skip
         rows.append((stage, dict(result.best)))
 
-    labels = load_config(folder / "hard").labels
-    dev = load_examples(source, "dev", Tokenizer(folder / "hard"), model.config.max_seq_length, labels)[0][""]
+    tokenizer, labels = Tokenizer(folder / "hard"), load_config(folder / "hard").labels
+    dev = load_examples(source, "dev", tokenizer, model.config.max_seq_length, labels)[0][""]
     for stage, record in rows:
         trained = load_model(folder / stage).model.to(process.device)
-        pruned, dense = measure_speed(trained, dev, process, batch_size=128)
-        record["speedup"] = dense / pruned
+        record["speedup"] = measure_speed(trained, sorted_batches(dev, 128), process).speedup
     predictor = Predictor(folder / "hard", process, 1, None, False)
     text = demo_rows(1, seed)[0]["text"]
     (ids, segments), = predictor.encode([("example", {"text": text})])

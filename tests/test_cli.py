@@ -14,7 +14,7 @@ from ltp import main
 from model import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "finetune", "soft", "hard", "topk", "manual", "eval", "predict")
+COMMANDS = ("demo", "finetune", "soft", "hard", "topk", "manual", "eval", "bench", "predict")
 
 
 def run(*args, code: int = 0):
@@ -67,6 +67,18 @@ def test_eval_prints_and_writes(runs, demo, tmp_path):
     assert dense["relative_flops"] == 1.0 and dense["examples"] == 41
     logged = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[-2])
     assert logged["metrics"] == record["metrics"] and logged["relative_flops"] == pytest.approx(record["relative_flops"])
+
+
+def test_bench_measures_and_writes(runs, demo, tmp_path):
+    result = run("bench", "--restore", runs / "soft", "--data", demo / "data", "--examples", 20, "--repeats", 2, "--bs", 1, "--bs", 8,
+                 "--json", tmp_path / "b.json")  # fmt: skip
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert [s["batch_size"] for s in record["speeds"]] == [1, 8] and record["conditions"]["examples"] == 20
+    assert "FLOPs into time" in result.output and record["conditions"]["peak_memory_bytes"] > 2**20
+    run("bench", "--restore", runs / "soft", "--lengths", "5,9", "--examples", 6, "--repeats", 1)
+    assert "positions for 128 tokens" in refused("bench", "--restore", runs / "soft", "--lengths", "5000")
+    run("bench", "--restore", runs / "soft", code=2)
+    run("bench", "--restore", runs / "soft", "--lengths", "a", code=2)
 
 
 def test_predict_is_in_input_order_whatever_the_batch_size(runs, demo, tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError, pack
 from model import (
-    Config, Model, attend, attention_groups, initialize, keep_by_threshold, keep_topk, load_model, macs, save_model,
+    Config, Model, attend, attention_groups, initialize, keep_by_threshold, keep_topk, last_layer_saving, load_model, macs, save_model,
     sequence_ids, sequence_starts, soft_mask, sum_by_sequence, threshold_ladder, to_grid, topk_counts, topk_rates,
 )  # fmt: skip
 
@@ -65,6 +65,14 @@ def test_macs_by_hand():
     config = Config(10, 2, 2, 1, 3, 20)
     # D = 2, F = 3: layer 1: 16·5 + 4·25 + 12·4 = 228; layer 2: 16·4 + 4·16 + 12·1 = 140
     assert macs(config, torch.tensor([5]), torch.tensor([[4], [1]])).tolist() == [368]
+
+
+def test_the_last_layers_saving_by_hand():
+    config = Config(10, 2, 2, 1, 3, 20)  # D = 2, F = 3
+    # Counted: 16·4 + 4·16 + 12·2 = 152. Done without scores: keys and values 8·4, one query, one output 4 + 4, their
+    # products with 4 tokens 2·2·4, one feed-forward 12: 68. With scores: queries 4·4 and logits 2·16 for all: 104.
+    for scored, saving in ((False, 152 - 68), (True, 152 - 104)):
+        assert last_layer_saving(config, torch.tensor([4]), torch.tensor([2]), scored).tolist() == [saving]
 
 
 def test_attention_groups_cover_all_sequences_within_limits():

@@ -14,7 +14,7 @@ from data import Examples, InputError, Settings, Source, custom_task, find_task
 from model import load_model, save_model, threshold_ladder
 from train import (
     Predictor, Process, PruningOptions, backward, check_output, clear_output, default_output, evaluate, known_labels, make_optimizer,
-    measure_speed, predict_examples, rate_factor, run_stage, task_loss,
+    measure_speed, predict_examples, rate_factor, run_stage, sorted_batches, task_loss,
 )  # fmt: skip
 
 
@@ -102,8 +102,11 @@ def test_two_evaluation_sets_give_metrics_each_and_one_score():
 
 def test_speed_is_measured_for_both():
     model = small_model(prune_mode="topk")
-    pruned, dense = measure_speed(model, examples(8), Process(), batch_size=4, repeats=2)
-    assert pruned > 0 and dense > 0
+    data = examples(11)
+    speed = measure_speed(model, sorted_batches(data, 4), Process(), repeats=2)
+    assert speed.batch_size == 4 and speed.speedup == pytest.approx(speed.examples_per_second / speed.dense_examples_per_second)
+    assert speed.flops_reduction == pytest.approx(1 / evaluate(model, {"": data}, "accuracy", Process()).relative_flops)
+    assert speed.flops_to_time == pytest.approx(speed.speedup / speed.flops_reduction) and speed.done_reduction > 1
 
 
 # ---- whole stages on the demo's data ----
