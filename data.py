@@ -26,6 +26,14 @@ class InputError(Exception):
     """Something the user gave cannot be used. The message says in one line what, where, and what to do."""
 
 
+class Interrupted(Exception):
+    """Training stopped at a signal, its state saved. `number` is the signal."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: every default of a run, once. The command line makes its options and their help from these.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from data import FINAL_TOKEN_THRESHOLD, GLUE, MAX_SEQ_LENGTH, STAGES, TOKEN_KEEP_RATE, InputError, Settings
+from data import FINAL_TOKEN_THRESHOLD, GLUE, MAX_SEQ_LENGTH, STAGES, TOKEN_KEEP_RATE, InputError, Interrupted, Settings
 
 # Everything that needs torch is imported inside the commands, so that --help answers at once.
 
@@ -28,9 +28,7 @@ class Program(click.Group):
             failure = click.ClickException(str(error))
             failure.exit_code = 2
             raise failure from None
-        except Exception as error:
-            if type(error).__name__ != "Interrupted":
-                raise
+        except Interrupted as error:
             click.echo(str(error), err=True)
             ctx.exit(128 + error.number)
         finally:

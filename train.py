@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    STAGES, Batch, Examples, InputError, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
+    STAGES, Batch, Examples, InputError, Interrupted, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
     evaluate_predictions, is_text, load_examples, pack, write_demo,
 )  # fmt: skip
 from model import (
@@ -410,14 +410,6 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class Interrupted(Exception):
-    """Training stopped at a signal, its state saved. `number` is the signal."""
-
-    def __init__(self, message: str, number: int):
-        super().__init__(message)
-        self.number = number
-
-
 @dataclass
 class Result:
     """What a training run leaves behind."""
@@ -485,9 +477,8 @@ def train(
             torch.manual_seed(settings.seed + done * process.world + process.rank)
             show(f"note: {process.world} processes instead of {len(state['random'])}: the same data order, other dropout")
         if process.main:  # evaluations after the state will be made again
-            records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-            kept = [r for r in records if r["event"] == "start" or r.get("step", 0) <= done and r["event"] == "evaluation"]
-            write_file(log, lambda path: path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), "utf-8"))
+            kept = [line for line, record in read_log(log) if record["event"] == "start" or record["step"] <= done]
+            write_file(log, lambda path: path.write_text("".join(kept), encoding="utf-8"))
     elif process.main:
         clear_output(output)
         output.mkdir(parents=True, exist_ok=True)
@@ -546,7 +537,8 @@ def train(
             stopped = process.sum(torch.tensor([sum(signals[:1])], device=process.device)).item()  # any process's signal
             if stopped and done < steps:
                 save()
-                raise Interrupted(f"stopped after step {done} of {steps}; the same command with --resume goes on", max(signals, default=signal.SIGTERM))
+                number = signals[0] if signals else signal.SIGTERM  # another process's
+                raise Interrupted(f"stopped after step {done} of {steps}; the same command with --resume goes on", number)
     if process.main:
         append(log, {"event": "end", "best": best})
         for path in (output / STATES).glob("step-*.pt"):  # a finished run has nothing to resume
@@ -554,6 +546,13 @@ def train(
         with contextlib.suppress(OSError):
             (output / STATES).rmdir()
     return Result(best, steps, float(np.median(times)) if times else math.nan)
+
+
+def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log and their records; a last line that a kill cut short is left out."""
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield line, json.loads(line)
 
 
 def check_same_run(log: Path, header: dict[str, Any]) -> None:
@@ -571,7 +570,9 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
     here, there = flat(header), flat(first)
     for name in here:
         if here[name] != there.get(name):
-            raise InputError(f"{log}: the run was started with {name} = {there.get(name)}, not {here[name]}; resume with the same options")
+            raise InputError(
+                f"{log}: the run was started with {name} = {there.get(name)}, not {here[name]}; resume with the same options"
+            )
 
 
 def finished(log: Path) -> dict[str, Any] | None:
@@ -735,7 +736,7 @@ def run_stage(
         cut = f"; {examples.truncated} longer than {max_length} were cut" if examples.truncated else ""
         show(f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average{cut}")
     pruning = {"finetune": "none", "soft": "soft", "topk": "topk"}.get(stage, "hard")
-    header = {"stage": stage, "task": source.task.name, "restore": str(restore)}
+    header = {"stage": stage, "task": source.task.name, "data": str(source.path), "restore": str(restore), **asdict(options)}
     result = train(model, pruning, train_set, dev_sets, source.task.metric, settings, output, tokenizer, process, show,
                    progress, header, resume)  # fmt: skip
     return output, result

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import InputError, Settings, Source, custom_task
-from train import STATES, Interrupted, run_stage
+from data import InputError, Interrupted, Settings, Source, custom_task
+from train import STATES, run_stage
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -86,6 +86,8 @@ def test_a_damaged_state_is_passed_over(demo, start, straight, tmp_path):
     content = bytearray(states[1].read_bytes())
     content[len(content) // 2] ^= 1
     states[1].write_bytes(content)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"event": "eval')  # killed while writing
     other = tmp_path.parent / "copy"
     shutil.copytree(tmp_path, other)
     lines = []
