@@ -9,10 +9,9 @@ import csv
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,16 +54,22 @@ class Settings:
     warmup: float = setting(0.06, "Share of the steps in which the rates rise; then they fall linearly to 0.")
     max_grad_norm: float = setting(1.0, "Clip the weights' gradient to this norm; the thresholds' is left alone.")
     regularization: float = setting(
-        0.1, "λ, the weight of the share of tokens kept in the loss: higher prunes more (0.01 to 0.2 in the paper).",
-        "--lambda", "--lambda-threshold",
-    )  # fmt: skip
+        0.1,
+        "λ, the weight of the share of tokens kept in the loss: higher prunes more (0.01 to 0.2 in the paper).",
+        "--lambda",
+        "--lambda-threshold",
+    )
     temperature: float = setting(
         5e-4, "τ, the softness of the soft mask: lower is closer to the hard decision (1e-4 to 2e-3 in the paper)."
     )
     threshold_learning_rate: float = setting(2e-5, "Peak learning rate of the thresholds.", "--lr-threshold")
     threshold_weight_decay: float = setting(0.0, "Weight decay of the thresholds.", "--weight-decay-threshold")
     save_steps: int | None = setting(
-        None, "Evaluate and save every this many steps.  [default: every epoch]", "--save-steps", "--save-step", type=int
+        None,
+        "Evaluate and save every this many steps.  [default: every epoch]",
+        "--save-steps",
+        "--save-step",
+        type=int,
     )
     load_best: bool = setting(
         True, "Keep the checkpoint with the best score, or the last one.", "--load-best/--no-load", " /--no-load-best"
@@ -102,7 +107,9 @@ class Task:
     labels: tuple[str, ...] | None
     metric: str = "accuracy"
     hub: str = ""  # configuration of nyu-mll/glue
-    tsv: tuple[str | int, str | int | None, str | int] | None = None  # text, pair, label in GLUE's TSV files if they differ
+    tsv: tuple[str | int, str | int | None, str | int] | None = (
+        None  # text, pair, label in GLUE's TSV files if they differ
+    )
     dev: tuple[tuple[str, str, str], ...] = (("", "dev", "validation"),)  # metric suffix, TSV name, split on the hub
 
     @property
@@ -116,18 +123,44 @@ GLUE = {
     for task in (
         Task("CoLA", "sentence", None, "label", ("unacceptable", "acceptable"), "matthews", "cola", (3, None, 1)),
         Task("SST-2", "sentence", None, "label", ("negative", "positive"), "accuracy", "sst2"),
-        Task("MRPC", "sentence1", "sentence2", "label", ("not_equivalent", "equivalent"), "accuracy_f1", "mrpc",
-             ("#1 String", "#2 String", "Quality")),
-        Task("STS-B", "sentence1", "sentence2", "label", (), "correlation", "stsb", ("sentence1", "sentence2", "score")),
-        Task("QQP", "question1", "question2", "label", ("not_duplicate", "duplicate"), "accuracy_f1", "qqp",
-             ("question1", "question2", "is_duplicate")),
-        Task("MNLI", "premise", "hypothesis", "label", ("entailment", "neutral", "contradiction"), "accuracy", "mnli",
-             ("sentence1", "sentence2", "gold_label"),
-             (("", "dev_matched", "validation_matched"), ("_mismatched", "dev_mismatched", "validation_mismatched"))),
+        Task(
+            "MRPC",
+            "sentence1",
+            "sentence2",
+            "label",
+            ("not_equivalent", "equivalent"),
+            "accuracy_f1",
+            "mrpc",
+            ("#1 String", "#2 String", "Quality"),
+        ),
+        Task(
+            "STS-B", "sentence1", "sentence2", "label", (), "correlation", "stsb", ("sentence1", "sentence2", "score")
+        ),
+        Task(
+            "QQP",
+            "question1",
+            "question2",
+            "label",
+            ("not_duplicate", "duplicate"),
+            "accuracy_f1",
+            "qqp",
+            ("question1", "question2", "is_duplicate"),
+        ),
+        Task(
+            "MNLI",
+            "premise",
+            "hypothesis",
+            "label",
+            ("entailment", "neutral", "contradiction"),
+            "accuracy",
+            "mnli",
+            ("sentence1", "sentence2", "gold_label"),
+            (("", "dev_matched", "validation_matched"), ("_mismatched", "dev_mismatched", "validation_mismatched")),
+        ),
         Task("QNLI", "question", "sentence", "label", _ENTAILMENT, "accuracy", "qnli"),
         Task("RTE", "sentence1", "sentence2", "label", _ENTAILMENT, "accuracy", "rte"),
     )
-}  # fmt: skip
+}
 
 
 def find_task(name: str) -> Task:
@@ -172,7 +205,10 @@ def evaluate_predictions(metric: str, logits: np.ndarray, labels: np.ndarray) ->
         f1 = float(metrics.f1_score(labels, predicted, zero_division=0.0))
         return {"accuracy": accuracy, "f1": f1}, (accuracy + f1) / 2
     if metric == "accuracy_macro_f1":
-        return {"accuracy": accuracy, "macro_f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0.0))}, accuracy  # fmt: skip
+        return {
+            "accuracy": accuracy,
+            "macro_f1": float(metrics.f1_score(labels, predicted, average="macro", zero_division=0.0)),
+        }, accuracy
     return {"accuracy": accuracy}, accuracy
 
 
@@ -192,8 +228,16 @@ class Tokenizer:
     Raises: InputError if the folder holds none, or a damaged one.
     """
 
-    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-             "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model")  # fmt: skip
+    FILES = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "sentencepiece.bpe.model",
+    )
 
     def __init__(self, folder: str | Path):
         import tokenizers
@@ -271,9 +315,13 @@ def _byte_level_bpe(folder: Path, config: dict) -> Any:
     # Whether <mask> takes the space before it is the folder's choice: older ones write {"content": "<mask>", "lstrip": true}.
     mask = config.get("mask_token")
     lstrip = {"<mask>": isinstance(mask, dict) and bool(mask.get("lstrip"))}
-    backend.add_special_tokens([
-        AddedToken(name, special=True, normalized=False, lstrip=lstrip.get(name, False)) for name, i in ids.items() if i is not None
-    ])  # fmt: skip
+    backend.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False, lstrip=lstrip.get(name, False))
+            for name, i in ids.items()
+            if i is not None
+        ]
+    )
     backend.post_processor = processors.RobertaProcessing(
         ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=prefix_space
     )
@@ -405,7 +453,9 @@ def _read_csv(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
             _check_columns(path, wanted, header)
         for cells in reader:
             if cells and len(cells) != len(header):
-                raise InputError(f"{path}, line {reader.line_num}: {len(cells)} columns, expected {len(header)}; quote texts with commas")
+                raise InputError(
+                    f"{path}, line {reader.line_num}: {len(cells)} columns, expected {len(header)}; quote texts with commas"
+                )
             if cells:
                 yield reader.line_num, dict(zip(header, cells))
 
@@ -480,9 +530,18 @@ class Source:
             if split == "dev" and not self.dev_path:
                 raise InputError(f"--data {path}: is one file; name the file to evaluate on with --dev-data")
             return path
-        names = ["train"] if split == "train" else [name, "dev", "validation", "valid"] if len(self.task.dev) == 1 else [name]
+        names = (
+            ["train"]
+            if split == "train"
+            else [name, "dev", "validation", "valid"]
+            if len(self.task.dev) == 1
+            else [name]
+        )
         wanted = self.task.name.replace("-", "").lower()
-        folders = [path, *(f for f in sorted(path.iterdir()) if f.is_dir() and f.name.replace("-", "").lower() == wanted)]
+        folders = [
+            path,
+            *(f for f in sorted(path.iterdir()) if f.is_dir() and f.name.replace("-", "").lower() == wanted),
+        ]
         for folder in folders:
             for candidate in names:
                 for suffix in SUFFIXES:
@@ -503,8 +562,12 @@ class Source:
             ) from None
         for number, record in enumerate(table, 1):
             label = record[task.label]
-            yield Row(number, record[task.text], record[task.pair] if task.pair else None,
-                      str(label) if task.regression else task.labels[label])  # fmt: skip
+            yield Row(
+                number,
+                record[task.text],
+                record[task.pair] if task.pair else None,
+                str(label) if task.regression else task.labels[label],
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,7 +615,9 @@ def load_examples(
         found = {label for table in tables.values() for label in table.unique("label")}
         labels = tuple(sorted(found, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name)))
         if len(labels) < 2:
-            raise InputError(f"{places['']}: all examples have the label {labels[0]!r}; classification needs two or more")
+            raise InputError(
+                f"{places['']}: all examples have the label {labels[0]!r}; classification needs two or more"
+            )
     sets = {}
     for suffix, table in tables.items():
         ids = {name: i for i, name in enumerate(labels)}
@@ -589,10 +654,15 @@ def _tokenized(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, key: 
     import datasets
 
     datasets.disable_progress_bars()
-    features = datasets.Features({
-        "token_ids": datasets.List(datasets.Value("int32")), "segment_ids": datasets.List(datasets.Value("int8")),
-        "label": datasets.Value("string"), "line": datasets.Value("int64"), "truncated": datasets.Value("bool"),
-    })  # fmt: skip
+    features = datasets.Features(
+        {
+            "token_ids": datasets.List(datasets.Value("int32")),
+            "segment_ids": datasets.List(datasets.Value("int8")),
+            "label": datasets.Value("string"),
+            "line": datasets.Value("int64"),
+            "truncated": datasets.Value("bool"),
+        }
+    )
 
     def generate() -> Iterator[dict]:
         for chunk in chunked(rows, 1024):
@@ -712,8 +782,10 @@ def write_demo(folder: Path, seed: int, train: int = 4000, dev: int = 500) -> No
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
+        vocab_size=600,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     backend.train_from_iterator((row["text"] for row in demo_rows(train, 2 * seed)), trainer)
     backend.model.save(str(folder))

@@ -43,7 +43,11 @@ def spelling(name: str) -> str:
 
 @click.group(
     cls=Program,
-    context_settings={"token_normalize_func": spelling, "help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "token_normalize_func": spelling,
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
 )
 def main() -> None:
     """Learned Token Pruning (LTP): make a RoBERTa-class classifier cheaper by dropping tokens nobody looks at.
@@ -64,30 +68,54 @@ def apply(command: Any, options: list[Any]) -> Any:
 
 
 def machine_options(command: Any) -> Any:
-    return apply(command, [
-        click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: cuda where there is any]"),
-        click.option("--precision", type=click.Choice(["fp32", "bf16"]),
-                     help="Of the matrix products; scores and thresholds are always fp32.  [default: bf16 on CUDA, else fp32]"),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]"),
-    ])  # fmt: skip
+    return apply(
+        command,
+        [
+            click.option("--device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: cuda where there is any]"),
+            click.option(
+                "--precision",
+                type=click.Choice(["fp32", "bf16"]),
+                help="Of the matrix products; scores and thresholds are always fp32.  [default: bf16 on CUDA, else fp32]",
+            ),
+            click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]"),
+        ],
+    )
 
 
 def data_options(command: Any) -> Any:
-    return apply(command, [
-        click.option("--task", help=f"A GLUE task: {', '.join(GLUE)} (SST2 and STSB are understood). "
-                     "Leave it away to use your own data."),
-        click.option("--data", type=click.Path(path_type=Path), metavar="PATH",
-                     help="A folder with train.* and dev.* (GLUE's TSV layout, or .csv, .tsv, .jsonl, .parquet), or one file. "
-                          "[default: GLUE from the hub]"),
-        click.option("--dev-data", type=click.Path(path_type=Path), metavar="FILE",
-                     help="The evaluation file, where --data is a file or holds none."),
-        click.option("--text-column", metavar="NAME", help="Column of the text in your own data.  [default: text]"),
-        click.option("--pair-column", metavar="NAME", help="Column of the second text, where there is one."),
-        click.option("--label-column", metavar="NAME", help="Column of the class or score.  [default: label]"),
-        click.option("--regression", is_flag=True, help="Your labels are scores, not classes."),
-        click.option("--max-length", "max_seq_length", type=click.IntRange(2),
-                     help=f"Cut texts to this many tokens.  [default: the checkpoint's, else {MAX_SEQ_LENGTH}]"),
-    ])  # fmt: skip
+    return apply(
+        command,
+        [
+            click.option(
+                "--task",
+                help=f"A GLUE task: {', '.join(GLUE)} (SST2 and STSB are understood). "
+                "Leave it away to use your own data.",
+            ),
+            click.option(
+                "--data",
+                type=click.Path(path_type=Path),
+                metavar="PATH",
+                help="A folder with train.* and dev.* (GLUE's TSV layout, or .csv, .tsv, .jsonl, .parquet), or one file. "
+                "[default: GLUE from the hub]",
+            ),
+            click.option(
+                "--dev-data",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="The evaluation file, where --data is a file or holds none.",
+            ),
+            click.option("--text-column", metavar="NAME", help="Column of the text in your own data.  [default: text]"),
+            click.option("--pair-column", metavar="NAME", help="Column of the second text, where there is one."),
+            click.option("--label-column", metavar="NAME", help="Column of the class or score.  [default: label]"),
+            click.option("--regression", is_flag=True, help="Your labels are scores, not classes."),
+            click.option(
+                "--max-length",
+                "max_seq_length",
+                type=click.IntRange(2),
+                help=f"Cut texts to this many tokens.  [default: the checkpoint's, else {MAX_SEQ_LENGTH}]",
+            ),
+        ],
+    )
 
 
 restore_option = click.option(
@@ -109,30 +137,49 @@ def settings_options(stage: str) -> Any:
             metadata = dict(setting.metadata)
             help, flags = metadata.pop("help"), metadata.pop("flags") or (f"--{setting.name.replace('_', '-')}",)
             default = STAGES[stage].get(setting.name, setting.default)
-            options.append(click.option(*flags, setting.name, default=default, help=help, show_default=default is not None, **metadata))
+            options.append(
+                click.option(
+                    *flags, setting.name, default=default, help=help, show_default=default is not None, **metadata
+                )
+            )
         return apply(command, options)
 
     return decorate
 
 
 output_options = [
-    click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Where the checkpoint goes.  [default: see above]"),
+    click.option(
+        "--output",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Where the checkpoint goes.  [default: see above]",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace the run that the output folder holds."),
-    click.option("--resume", is_flag=True, help="Go on with the interrupted run that the output folder holds; without one, start."),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on with the interrupted run that the output folder holds; without one, start.",
+    ),
 ]
 THRESHOLD = click.option(
-    "--final-token-threshold", "--threshold", type=float, metavar="θ",
+    "--final-token-threshold",
+    "--threshold",
+    type=float,
+    metavar="θ",
     help=f"Threshold of the last layer; layer l of L gets θ·l/L.  [default: the checkpoint's, else {FINAL_TOKEN_THRESHOLD}]",
-)  # fmt: skip
+)
 KEEP_RATE = click.option(
-    "--token-keep-rate", type=float, metavar="R",
+    "--token-keep-rate",
+    type=float,
+    metavar="R",
     help=f"Share of tokens kept in the last layer; negative is steeper.  [default: the checkpoint's, else {TOKEN_KEEP_RATE}]",
-)  # fmt: skip
+)
 SCORE_NORM = click.option(
-    "--score-norm", type=click.Choice(["max_length", "length"]),
+    "--score-norm",
+    type=click.Choice(["max_length", "length"]),
     help="What scores are averaged over: the --max-length (as the authors) or the text's own length (as the paper's "
-         "formula).  [default: the checkpoint's, else max_length]",
-)  # fmt: skip
+    "formula).  [default: the checkpoint's, else max_length]",
+)
 
 
 def stage_command(stage: str, *extra: Any) -> Any:
@@ -143,7 +190,9 @@ def stage_command(stage: str, *extra: Any) -> Any:
             run_stage_command(stage, given)
 
         callback.__doc__ = function.__doc__
-        command = apply(callback, [restore_option, data_options, *extra, settings_options(stage), *output_options, machine_options])
+        command = apply(
+            callback, [restore_option, data_options, *extra, settings_options(stage), *output_options, machine_options]
+        )
         return main.command(stage)(command)
 
     return decorate
@@ -228,9 +277,18 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
         show, progress = (show, progress) if process.main else (quiet, quiet)
         options = PruningOptions(**{f.name: given[f.name] for f in fields(PruningOptions) if f.name in given})
         folder, result = run_stage(
-            stage, find_model(given["restore"]), source, settings, options, given["output"], given["overwrite"],
-            given["resume"], process, show, progress,
-        )  # fmt: skip
+            stage,
+            find_model(given["restore"]),
+            source,
+            settings,
+            options,
+            given["output"],
+            given["overwrite"],
+            given["resume"],
+            process,
+            show,
+            progress,
+        )
     if process.main:
         evaluation_table([(stage, result.best)])
         click.echo(f"{result.steps} steps of {result.seconds_per_step:.3f} s (median). Checkpoint: {folder}")
@@ -248,7 +306,9 @@ def make_source(given: dict[str, Any]) -> Any:
     columns = [given[name] for name in ("text_column", "pair_column", "label_column")]
     if given["task"]:
         if any(columns) or given["regression"]:
-            raise InputError("--task knows its columns; leave --text-column, --pair-column, --label-column and --regression away")
+            raise InputError(
+                "--task knows its columns; leave --text-column, --pair-column, --label-column and --regression away"
+            )
         return Source(find_task(given["task"]), given["data"], given["dev_data"])
     if not given["data"]:
         raise InputError("pass --task NAME for GLUE, or --data PATH for your own data")
@@ -258,9 +318,17 @@ def make_source(given: dict[str, Any]) -> Any:
 @main.command("eval")
 @restore_option
 @data_options
-@click.option("--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Examples run together.")
+@click.option(
+    "--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Examples run together."
+)
 @click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the result there too.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the result there too.",
+)
 @machine_options
 def eval_command(**given: Any) -> None:
     """Evaluate a checkpoint: metrics, FLOPs beside dense, tokens kept in each layer.
@@ -278,7 +346,13 @@ def eval_command(**given: Any) -> None:
     process = start_process(given["device"], given["precision"], given["threads"])
     show = (lambda line: click.echo(line, err=True)) if process.main else quiet
     evaluation = evaluate_checkpoint(
-        find_model(given["restore"]), source, process, given["batch_size"], given["max_seq_length"], given["dense"], show
+        find_model(given["restore"]),
+        source,
+        process,
+        given["batch_size"],
+        given["max_seq_length"],
+        given["dense"],
+        show,
     )
     if not process.main:
         return
@@ -291,13 +365,31 @@ def eval_command(**given: Any) -> None:
 @main.command()
 @restore_option
 @data_options
-@click.option("--lengths", metavar="N,N,…", help="Instead of data: random tokens, each sequence of one of these lengths.")
+@click.option(
+    "--lengths", metavar="N,N,…", help="Instead of data: random tokens, each sequence of one of these lengths."
+)
 @click.option("--examples", default=256, show_default=True, type=click.IntRange(1), help="How many to time.")
-@click.option("--batch-size", "--bs", "batch_sizes", multiple=True, default=(1, 32), show_default=True, type=click.IntRange(1),
-              help="May be given several times.")  # fmt: skip
-@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Timed passes, after one to warm up.")
+@click.option(
+    "--batch-size",
+    "--bs",
+    "batch_sizes",
+    multiple=True,
+    default=(1, 32),
+    show_default=True,
+    type=click.IntRange(1),
+    help="May be given several times.",
+)
+@click.option(
+    "--repeats", default=5, show_default=True, type=click.IntRange(1), help="Timed passes, after one to warm up."
+)
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(0, 2**31), help="Of the choice of examples.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write the figures there too.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the figures there too.",
+)
 @machine_options
 def bench(**given: Any) -> None:
     """Measure a checkpoint's speed: pruned beside dense, in turn in one run, medians after a warm-up.
@@ -324,9 +416,16 @@ def bench(**given: Any) -> None:
 
     process = start_process(given["device"], given["precision"], given["threads"], given["seed"])
     result = bench_checkpoint(
-        find_model(given["restore"]), source, lengths, given["examples"], list(given["batch_sizes"]), given["repeats"],
-        process, given["max_seq_length"], given["seed"],
-    )  # fmt: skip
+        find_model(given["restore"]),
+        source,
+        lengths,
+        given["examples"],
+        list(given["batch_sizes"]),
+        given["repeats"],
+        process,
+        given["max_seq_length"],
+        given["seed"],
+    )
     if not process.main:
         return
     speed_table(result)
@@ -338,11 +437,27 @@ def bench(**given: Any) -> None:
 @click.argument("text", required=False)
 @click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub.")
 @click.option("--pair", metavar="TEXT", help="The second text, for a task on pairs.")
-@click.option("--input", "input_file", metavar="FILE", type=click.Path(path_type=Path),
-              help='JSON lines {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}.')  # fmt: skip
-@click.option("--output", "output_file", metavar="FILE", type=click.Path(path_type=Path), help="Where the answers go.  [default: standard output]")
+@click.option(
+    "--input",
+    "input_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help='JSON lines {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}.',
+)
+@click.option(
+    "--output",
+    "output_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where the answers go.  [default: standard output]",
+)
 @click.option("--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Lines run together.")
-@click.option("--max-length", "max_seq_length", type=click.IntRange(2), help="Cut texts to this many tokens.  [default: the checkpoint's]")
+@click.option(
+    "--max-length",
+    "max_seq_length",
+    type=click.IntRange(2),
+    help="Cut texts to this many tokens.  [default: the checkpoint's]",
+)
 @click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
 @machine_options
 def predict(text: str | None, **given: Any) -> None:
@@ -362,7 +477,9 @@ def predict(text: str | None, **given: Any) -> None:
     from train import Predictor, predict_file, start_process
 
     process = start_process(given["device"], given["precision"], given["threads"])
-    predictor = Predictor(find_model(given["restore"]), process, given["batch_size"], given["max_seq_length"], given["dense"])
+    predictor = Predictor(
+        find_model(given["restore"]), process, given["batch_size"], given["max_seq_length"], given["dense"]
+    )
     if text is not None:
         record = {"text": text} | ({} if given["pair"] is None else {"text_pair": given["pair"]})
         click.echo(json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False))
@@ -375,9 +492,18 @@ def predict(text: str | None, **given: Any) -> None:
 
 
 @main.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR", help="Where everything goes.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Where everything goes.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo there.")
-@click.option("--seed", default=42, show_default=True, type=click.IntRange(0, 2**31), help="Of data, weights and training.")
+@click.option(
+    "--seed", default=42, show_default=True, type=click.IntRange(0, 2**31), help="Of data, weights and training."
+)
 @machine_options
 def demo(output: Path, overwrite: bool, seed: int, **given: Any) -> None:
     """The whole pipeline in miniature: no network, minutes on a CPU.
@@ -419,7 +545,12 @@ def screen() -> Any:
     @contextlib.contextmanager
     def opened():
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             tasks: list[Any] = []
 
@@ -442,11 +573,24 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     table = Table(show_edge=False, pad_edge=False)
     names = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
     speed = any("speedup" in record for _, record in rows)
-    for name in ("", *names, "score", "GFLOPs", "rel. FLOPs", *(["measured speed"] if speed else []), "kept after each layer"):
+    for name in (
+        "",
+        *names,
+        "score",
+        "GFLOPs",
+        "rel. FLOPs",
+        *(["measured speed"] if speed else []),
+        "kept after each layer",
+    ):
         table.add_column(name, justify="left" if name in ("", "kept after each layer") else "right", no_wrap=True)
     for title, record in rows:
-        cells = [title, *(f"{record['metrics'][name]:.4f}" for name in names), f"{record['score']:.4f}",
-                 f"{record['gflops']:.3g}", f"{record['relative_flops']:.3f}"]  # fmt: skip
+        cells = [
+            title,
+            *(f"{record['metrics'][name]:.4f}" for name in names),
+            f"{record['score']:.4f}",
+            f"{record['gflops']:.3g}",
+            f"{record['relative_flops']:.3f}",
+        ]
         if speed:
             cells.append(f"{record['speedup']:.2f}x")
         table.add_row(*cells, " ".join(f"{share:.2f}" for share in record["kept"]))
@@ -463,10 +607,28 @@ def speed_table(result: dict[str, Any]) -> None:
     for name in ("batch", "", "ms a batch", "p95", "examples/s", "FLOPs", "done", "speed-up", "FLOPs into time"):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for s in result["speeds"]:
-        table.add_row(str(s["batch_size"]), "dense", f"{1e3 * s['dense_latency']:.2f}", f"{1e3 * s['dense_latency_p95']:.2f}",
-                      f"{s['dense_examples_per_second']:.1f}", "1.00x", "1.00x", "1.00x", "")  # fmt: skip
-        table.add_row("", "pruned", f"{1e3 * s['latency']:.2f}", f"{1e3 * s['latency_p95']:.2f}", f"{s['examples_per_second']:.1f}",
-                      f"{s['flops_reduction']:.2f}x", f"{s['done_reduction']:.2f}x", f"{s['speedup']:.2f}x", f"{s['flops_to_time']:.2f}")  # fmt: skip
+        table.add_row(
+            str(s["batch_size"]),
+            "dense",
+            f"{1e3 * s['dense_latency']:.2f}",
+            f"{1e3 * s['dense_latency_p95']:.2f}",
+            f"{s['dense_examples_per_second']:.1f}",
+            "1.00x",
+            "1.00x",
+            "1.00x",
+            "",
+        )
+        table.add_row(
+            "",
+            "pruned",
+            f"{1e3 * s['latency']:.2f}",
+            f"{1e3 * s['latency_p95']:.2f}",
+            f"{s['examples_per_second']:.1f}",
+            f"{s['flops_reduction']:.2f}x",
+            f"{s['done_reduction']:.2f}x",
+            f"{s['speedup']:.2f}x",
+            f"{s['flops_to_time']:.2f}",
+        )
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
     conditions = dict(result["conditions"])

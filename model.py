@@ -45,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import InputError
+from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, TOKEN_KEEP_RATE, InputError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -54,7 +54,11 @@ from data import InputError
 # Which base a model type is read as: RoBERTa counts positions from pad + 1 and keeps its pooling layer in the
 # classifier; BERT counts from 0 and has a pooler. I-BERT in floating point and the authors' LTP are RoBERTa by arithmetic.
 FAMILY = {
-    "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta", "ibert": "roberta", "ltp": "roberta",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+    "camembert": "roberta",
+    "ibert": "roberta",
+    "ltp": "roberta",
     "bert": "bert",
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -92,10 +96,10 @@ class Config:
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the class names in id order; exactly one means regression
     # Pruning.
     prune_mode: str | None = None  # what inference does: "absolute_threshold", "topk", or None for the dense model
-    final_token_threshold: float = 0.01  # θ_final, where the thresholds start from
-    token_keep_rate: float = 0.2  # share of tokens that top-k keeps in the last layer; negative is steeper
-    score_norm: str = "max_length"  # the N of the importance score, see `importance`
-    max_seq_length: int = 128  # texts are cut to this many tokens; N when score_norm is "max_length"
+    final_token_threshold: float = FINAL_TOKEN_THRESHOLD  # θ_final, where the thresholds start from
+    token_keep_rate: float = TOKEN_KEEP_RATE  # share of tokens that top-k keeps in the last layer; negative is steeper
+    score_norm: str = "max_length"  # which N the importance score is divided by, see `importance`
+    max_seq_length: int = MAX_SEQ_LENGTH  # texts are cut to this many tokens; N when score_norm is "max_length"
     other: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -129,7 +133,9 @@ class Config:
         if not isinstance(model_type, str) or model_type not in FAMILY:
             raise bad("model_type", f"supported are {', '.join(FAMILY)}")
         for key, wanted in (
-            ("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False),
+            ("position_embedding_type", "absolute"),
+            ("is_decoder", False),
+            ("add_cross_attention", False),
             ("quant_mode", False),
         ):
             if raw.get(key, wanted) not in (wanted, None):
@@ -141,8 +147,16 @@ class Config:
             raise bad("pruned_heads", "not supported, only models with all their heads are")
 
         values = {}
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                    "max_position_embeddings", "type_vocab_size", "max_seq_length"):  # fmt: skip
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "max_seq_length",
+        ):
             if key not in raw and hasattr(cls, key):
                 continue  # has a default
             if key not in raw:
@@ -155,14 +169,20 @@ class Config:
         if type(pad) is not int or not 0 <= pad < values["vocab_size"]:
             raise bad("pad_token_id", "expected a token id below vocab_size")
         for key, low, high in (
-            ("layer_norm_eps", 0, 1), ("initializer_range", 0, 10), ("hidden_dropout_prob", 0, 1),
-            ("attention_probs_dropout_prob", 0, 1), ("classifier_dropout", 0, 1),
-            ("final_token_threshold", -math.inf, math.inf), ("token_keep_rate", -math.inf, 1),
+            ("layer_norm_eps", 0, 1),
+            ("initializer_range", 0, 10),
+            ("hidden_dropout_prob", 0, 1),
+            ("attention_probs_dropout_prob", 0, 1),
+            ("classifier_dropout", 0, 1),
+            ("final_token_threshold", -math.inf, math.inf),
+            ("token_keep_rate", -math.inf, 1),
         ):
             if key not in raw or key == "classifier_dropout" and raw[key] is None:
                 continue
             if type(raw[key]) not in (int, float) or not (low <= raw[key] <= high) or abs(raw[key]) > 1e6:
-                limits = f" from {low} to {high}" if high == 1 and low == 0 else f" of at most {high}" if high == 1 else ""
+                limits = (
+                    f" from {low} to {high}" if high == 1 and low == 0 else f" of at most {high}" if high == 1 else ""
+                )
                 raise bad(key, f"expected a number{limits}")
             values[key] = float(raw[key])
         for key, allowed in (("hidden_act", ACTIVATIONS), ("prune_mode", PRUNE_MODES), ("score_norm", SCORE_NORMS)):
@@ -176,7 +196,7 @@ class Config:
         names = raw.get("id2label")
         if names is None:
             count = raw.get("num_labels", 2)
-            if type(count) is not int or count < 1:
+            if type(count) is not int or not 1 <= count <= 10**6:
                 raise bad("num_labels", "expected a whole number of at least 1")
             values["labels"] = tuple(f"LABEL_{i}" for i in range(count))
         else:
@@ -194,8 +214,18 @@ class Config:
         """The config.json of this model: the keys it came with, brought up to date."""
         # I-BERT's and the authors' model types would make other libraries look for buffers that are not there.
         model_type = "roberta" if self.model_type in ("ibert", "ltp") else self.model_type
-        prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}[model_type]
-        raw = {k: v for k, v in self.other.items() if k not in ("quant_mode", "force_dequant", "num_labels", "_name_or_path", "dtype", "torch_dtype")}
+        prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}[
+            model_type
+        ]
+        untrue = (
+            "quant_mode",
+            "force_dequant",
+            "num_labels",
+            "_name_or_path",
+            "dtype",
+            "torch_dtype",
+        )  # of what we write
+        raw = {key: value for key, value in self.other.items() if key not in untrue}
         for key in self.__dataclass_fields__:
             if key not in ("labels", "other"):
                 raw[key] = getattr(self, key)
@@ -236,6 +266,15 @@ def threshold_ladder(final_token_threshold: float, num_layers: int) -> Tensor:
     return final_token_threshold * torch.arange(1, num_layers + 1, dtype=torch.float32) / num_layers
 
 
+def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
+    """s = Σ_h Σ_j A_h(j, i) / (H · N), equation 3 of the paper.
+
+    received (T,): the sums, see `attend`; N: the maximum length (the authors' code, whose θ, λ and τ are on that scale)
+    or, as the paper writes it, the original length of each token's sequence (T,) -> (T,).
+    """
+    return received / (num_heads * N)
+
+
 def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, first: Tensor) -> Tensor:
     """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the first token of each sequence.
 
@@ -256,8 +295,10 @@ def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
     """Share of the original tokens that top-k keeps in each layer (L,): all in the first max(3, ⌈0.15 L⌉) layers, then
     linearly down to `token_keep_rate` in the last one, never below 0 (Wang et al., SpAtten, arXiv 2012.09852)."""
     dense = max(3, math.ceil(0.15 * num_layers))
-    return [1.0 if l <= dense else max(0.0, 1.0 + (token_keep_rate - 1.0) * (l - dense) / (num_layers - dense))
-            for l in range(1, num_layers + 1)]  # fmt: skip
+    return [
+        1.0 if l <= dense else max(0.0, 1.0 + (token_keep_rate - 1.0) * (l - dense) / (num_layers - dense))
+        for l in range(1, num_layers + 1)
+    ]
 
 
 def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
@@ -446,7 +487,9 @@ class Output(NamedTuple):
     logits: Tensor  # (B, labels)
     kept: Tensor  # (L, B) int64, tokens of each sequence leaving each layer
     soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
-    hidden: Tensor | None  # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
+    hidden: (
+        Tensor | None
+    )  # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
     trace: list[LayerTrace] | None  # L of them if `trace`
 
 
@@ -502,28 +545,31 @@ class Model(nn.Module):
             cls_only = index == L - 1 and not per_token  # a classifier reads nothing else of the last layer
             prunes = (
                 pruning == "soft"
-                or pruning == "hard" and thresholds[index] > 0
-                or pruning == "topk" and rates[index] < 1
+                or pruning == "hard"
+                and thresholds[index] > 0
+                or pruning == "topk"
+                and rates[index] < 1
             )
             # In the last layer top-k's counts are known without the scores; a threshold's are not.
             score = trace or prunes and not (cls_only and pruning == "topk")
             x, received = layer.attention_block(x, lengths, score, cls_only)
 
-            # Importance s_l (T,), equation 3 of the paper: attention received, averaged over heads and over N.
             first = sequence_starts(lengths)
             keep = None
             if score:
-                N = config.max_seq_length if config.score_norm == "max_length" else original_lengths[sequence_ids(lengths)]
-                importance = received / (config.num_attention_heads * N)
+                by_length = config.score_norm == "length"
+                N = original_lengths[sequence_ids(lengths)] if by_length else config.max_seq_length
+                scores = importance(received, config.num_attention_heads, N)
                 if pruning == "soft":
-                    mask = soft_mask(importance, self.thresholds[index], temperature, first)
+                    mask = soft_mask(scores, self.thresholds[index], temperature, first)
                     soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
                 elif pruning == "hard" and prunes:
-                    keep = keep_by_threshold(importance, self.thresholds[index], first)
+                    keep = keep_by_threshold(scores, self.thresholds[index], first)
                 elif pruning == "topk" and prunes:
-                    keep = keep_topk(importance, lengths, topk_counts(original_lengths, rates[index]))
+                    keep = keep_topk(scores, lengths, topk_counts(original_lengths, rates[index]))
                 if trace:
-                    traces.append(LayerTrace(tokens, importance, torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep))
+                    everything = torch.ones_like(tokens, dtype=torch.bool)
+                    traces.append(LayerTrace(tokens, scores, everything if keep is None else keep))
 
             # Drop: from here on a pruned token is in no product. (In the last layer x may hold the first tokens only.)
             if keep is not None:
@@ -618,7 +664,10 @@ LAYER_NAMES = {
     "output_norm": "output.LayerNorm",
 }
 EMBEDDING_NAMES = {
-    "word": "word_embeddings", "position": "position_embeddings", "segment": "token_type_embeddings", "norm": "LayerNorm",
+    "word": "word_embeddings",
+    "position": "position_embeddings",
+    "segment": "token_type_embeddings",
+    "norm": "LayerNorm",
 }
 HEAD_NAMES = {
     "roberta": {"dense": "classifier.dense", "output": "classifier.out_proj"},
@@ -700,7 +749,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises: InputError for a missing or damaged file. Pickles are read with weights_only=True: they cannot run code.
     """
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
         path = folder / name
         if path.is_file():
             break
@@ -732,9 +786,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: old_names[m[0]], name): t for name, t in tensors.items()}
 
 
-def load_model(
-    folder: str | Path, labels: tuple[str, ...] | None = None, new_head: bool = False, **changes
-) -> Loaded:
+def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_head: bool = False, **changes) -> Loaded:
     """Reads a model folder, in float32 on the CPU, in evaluation mode.
 
     labels: names of the classes the head must have, in order; default: the folder's. A head with the same names in
@@ -749,8 +801,10 @@ def load_model(
     family = config.family
     # Bare encoders have no prefix; I-BERT and the authors' LTP have their own.
     prefix = re.compile(r"^(roberta|bert|ibert|ltp)\.|^(?=(embeddings|encoder|pooler)\.)")
-    tensors = {prefix.sub(f"{family}.", name) if name != THRESHOLDS else name: tensor
-               for name, tensor in read_tensors(folder).items()}  # fmt: skip
+    tensors = {
+        prefix.sub(f"{family}.", name) if name != THRESHOLDS else name: tensor
+        for name, tensor in read_tensors(folder).items()
+    }
     notes = []
 
     head_weight = f"{HEAD_NAMES[family]['output']}.weight"
@@ -781,7 +835,9 @@ def load_model(
     config = replace(config, labels=labels)
     has_thresholds = THRESHOLDS in tensors
     if config.prune_mode == "absolute_threshold" and not has_thresholds:
-        notes.append(f"no thresholds in {folder}: using final_token_threshold · l / L = {config.final_token_threshold} · l / L")
+        notes.append(
+            f"no thresholds in {folder}: using final_token_threshold · l / L = {config.final_token_threshold} · l / L"
+        )
     fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
 
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
@@ -800,7 +856,9 @@ def load_model(
                 shape = tuple(tensors[part].shape)
                 raise InputError(f"{folder}: the tensor {part} has shape {shape}, but config.json asks for {wanted}")
             if not tensors[part].is_floating_point():
-                raise InputError(f"{folder}: the tensor {part} is of type {tensors[part].dtype}, expected floating point")
+                raise InputError(
+                    f"{folder}: the tensor {part} is of type {tensors[part].dtype}, expected floating point"
+                )
             if not tensors[part].isfinite().all():
                 raise InputError(f"{folder}: the tensor {part} holds values that are not finite numbers")
         state[name] = torch.cat([tensors.pop(part).float() for part in names])

@@ -29,12 +29,38 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    STAGES, Batch, Examples, InputError, Interrupted, Settings, Source, Task, Tokenizer, chunked, custom_task, demo_rows, epoch_batches,
-    evaluate_predictions, is_text, load_examples, pack, write_demo,
-)  # fmt: skip
+    STAGES,
+    Batch,
+    Examples,
+    InputError,
+    Interrupted,
+    Settings,
+    Source,
+    Task,
+    Tokenizer,
+    chunked,
+    custom_task,
+    demo_rows,
+    epoch_batches,
+    evaluate_predictions,
+    is_text,
+    load_examples,
+    pack,
+    write_demo,
+)
 from model import (
-    Config, Model, SelfAttention, initialize, last_layer_saving, load_config, load_model, macs, save_model, threshold_ladder, write_file,
-)  # fmt: skip
+    Config,
+    Model,
+    SelfAttention,
+    initialize,
+    last_layer_saving,
+    load_config,
+    load_model,
+    macs,
+    save_model,
+    threshold_ladder,
+    write_file,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and precision
@@ -79,7 +105,9 @@ class Process:
         return values
 
 
-def start_process(device: str | None = None, precision: str | None = None, threads: int | None = None, seed: int = 42) -> Process:
+def start_process(
+    device: str | None = None, precision: str | None = None, threads: int | None = None, seed: int = 42
+) -> Process:
     """Joins torchrun's process group where there is one, picks the device, and seeds.
 
     device: default CUDA where there is any; precision: default bf16 on CUDA, fp32 elsewhere.
@@ -123,8 +151,13 @@ def make_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
         {"params": plain, "lr": settings.learning_rate, "weight_decay": 0.0},
     ]
     if model.thresholds.requires_grad:
-        groups.append({"params": [model.thresholds], "lr": settings.threshold_learning_rate,
-                       "weight_decay": settings.threshold_weight_decay})  # fmt: skip
+        groups.append(
+            {
+                "params": [model.thresholds],
+                "lr": settings.threshold_learning_rate,
+                "weight_decay": settings.threshold_weight_decay,
+            }
+        )
     # Adam's epsilon is an absolute size, and the thresholds' gradients are of any size.
     return torch.optim.AdamW(groups, eps=1e-8, fused=next(model.parameters()).is_cuda)
 
@@ -186,7 +219,12 @@ def predict_examples(
 
 
 def evaluate(
-    model: Model, sets: dict[str, Examples], metric: str, process: Process, batch_size: int = 32, pruning: str | None = None
+    model: Model,
+    sets: dict[str, Examples],
+    metric: str,
+    process: Process,
+    batch_size: int = 32,
+    pruning: str | None = None,
 ) -> Evaluation:
     """Evaluates on one set, or on several (MNLI's two): the first gives the score, all give metrics and FLOPs."""
     metrics, scores, losses = {}, [], []
@@ -207,9 +245,17 @@ def evaluate(
     seconds = time.perf_counter() - start
     count = sum(len(examples) for examples in sets.values())
     return Evaluation(
-        metrics, scores[0], sum(losses) / count, count, 2e-9 * used / count, 2e-9 * dense / count, used / dense,
-        [float(share) for share in kept_tokens / tokens], seconds, count / seconds,
-    )  # fmt: skip
+        metrics,
+        scores[0],
+        sum(losses) / count,
+        count,
+        2e-9 * used / count,
+        2e-9 * dense / count,
+        used / dense,
+        [float(share) for share in kept_tokens / tokens],
+        seconds,
+        count / seconds,
+    )
 
 
 @dataclass
@@ -261,11 +307,25 @@ def measure_speed(model: Model, batches: list[Batch], process: Process, repeats:
     pruned, dense = np.array(times["pruned"]), np.array(times["dense"])
     seconds, dense_seconds = np.median(pruned.sum(1)), np.median(dense.sum(1))
     speedup, reduction = dense_seconds / seconds, counted["dense"] / counted["pruned"]
-    return Speed(*(x if isinstance(x, int) else float(x) for x in (
-        max(len(batch.lengths) for batch in batches), np.median(pruned), np.quantile(pruned, 0.95), np.median(dense),
-        np.quantile(dense, 0.95), len(lengths) / seconds, len(lengths) / dense_seconds, lengths.sum() / seconds, speedup,
-        reduction, done["dense"] / done["pruned"], speedup / reduction,
-    )))  # fmt: skip
+    return Speed(
+        *(
+            x if isinstance(x, int) else float(x)
+            for x in (
+                max(len(batch.lengths) for batch in batches),
+                np.median(pruned),
+                np.quantile(pruned, 0.95),
+                np.median(dense),
+                np.quantile(dense, 0.95),
+                len(lengths) / seconds,
+                len(lengths) / dense_seconds,
+                lengths.sum() / seconds,
+                speedup,
+                reduction,
+                done["dense"] / done["pruned"],
+                speedup / reduction,
+            )
+        )
+    )
 
 
 def sorted_batches(examples: Examples, batch_size: int) -> list[Batch]:
@@ -275,8 +335,15 @@ def sorted_batches(examples: Examples, batch_size: int) -> list[Batch]:
 
 
 def bench_checkpoint(
-    folder: Path, source: Source | None, lengths: list[int] | None, count: int, batch_sizes: list[int], repeats: int,
-    process: Process, max_length: int | None = None, seed: int = 42,
+    folder: Path,
+    source: Source | None,
+    lengths: list[int] | None,
+    count: int,
+    batch_sizes: list[int],
+    repeats: int,
+    process: Process,
+    max_length: int | None = None,
+    seed: int = 42,
 ) -> dict[str, Any]:
     """Speed of a checkpoint at each batch size, on `count` examples of the source, or on random tokens of the lengths.
 
@@ -312,13 +379,23 @@ def bench_checkpoint(
     return {
         "speeds": [asdict(speed) for speed in speeds],
         "conditions": {
-            "checkpoint": str(folder), "pruning": model.pruning, "data": where, "examples": len(everything),
-            "mean_length": everything.mean().item(), "length_quantiles": dict(zip(("5%", "50%", "95%"), quantiles)),
-            "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else platform.processor() or platform.machine(),
-            "precision": process.precision, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "repeats": repeats, "statistic": "median", "peak_memory_bytes": memory,
+            "checkpoint": str(folder),
+            "pruning": model.pruning,
+            "data": where,
+            "examples": len(everything),
+            "mean_length": everything.mean().item(),
+            "length_quantiles": dict(zip(("5%", "50%", "95%"), quantiles)),
+            "device": torch.cuda.get_device_name(process.device)
+            if process.device.type == "cuda"
+            else platform.processor() or platform.machine(),
+            "precision": process.precision,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "repeats": repeats,
+            "statistic": "median",
+            "peak_memory_bytes": memory,
         },
-    }  # fmt: skip
+    }
 
 
 def synchronize(process: Process) -> None:
@@ -445,7 +522,13 @@ def train(
     """
     check_settings(settings)
     log = output / "log.jsonl"
-    header = {"event": "start", **(header or {}), "pruning": pruning, "settings": asdict(settings), "examples": len(train_set)}
+    header = {
+        "event": "start",
+        **(header or {}),
+        "pruning": pruning,
+        "settings": asdict(settings),
+        "examples": len(train_set),
+    }
     state = None
     if resume:
         check_same_run(log, header)
@@ -475,7 +558,9 @@ def train(
                 torch.cuda.set_rng_state(state["random"][process.rank]["cuda"], process.device)
         else:
             torch.manual_seed(settings.seed + done * process.world + process.rank)
-            show(f"note: {process.world} processes instead of {len(state['random'])}: the same data order, other dropout")
+            show(
+                f"note: {process.world} processes instead of {len(state['random'])}: the same data order, other dropout"
+            )
         if process.main:  # evaluations after the state will be made again
             kept = [line for line, record in read_log(log) if record["event"] == "start" or record["step"] <= done]
             write_file(log, lambda path: path.write_text("".join(kept), encoding="utf-8"))
@@ -484,16 +569,34 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         for name, content in tokenizer.files.items():
             write_file(output / name, lambda path: path.write_bytes(content))
-        append(log, header | {"steps": steps, "processes": process.world, "device": str(process.device),
-                              "precision": process.precision, "torch": torch.__version__, "machine": platform.machine()})  # fmt: skip
+        append(
+            log,
+            header
+            | {
+                "steps": steps,
+                "processes": process.world,
+                "device": str(process.device),
+                "precision": process.precision,
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+            },
+        )
 
     def save() -> None:
         random = random_state(process)
         if process.main:
-            save_state(output / STATES, {
-                "step": done, "best": best, "losses": losses, "elapsed": elapsed + time.perf_counter() - started,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random,
-            })  # fmt: skip
+            save_state(
+                output / STATES,
+                {
+                    "step": done,
+                    "best": best,
+                    "losses": losses,
+                    "elapsed": elapsed + time.perf_counter() - started,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "random": random,
+                },
+            )
 
     times = []
     started = time.perf_counter()
@@ -513,17 +616,24 @@ def train(
             done += 1
             losses.append(loss)
             times.append(time.perf_counter() - step_started)
-            progress(step=done, steps=steps, loss=loss, score=best and best["score"], flops=best and best["relative_flops"])
+            progress(
+                step=done, steps=steps, loss=loss, score=best and best["score"], flops=best and best["relative_flops"]
+            )
 
             if done % save_steps == 0 or done == steps:
                 evaluation = evaluate(model, dev_sets, metric, process, settings.batch_size)
                 check_finite(evaluation.loss, done, output, best)
                 record = {
-                    "event": "evaluation", "step": done, "epoch": done / steps_per_epoch,
-                    "train_loss": sum(losses) / len(losses), **asdict(evaluation),
-                    "thresholds": model.thresholds.tolist() if model.config.prune_mode == "absolute_threshold" else None,
+                    "event": "evaluation",
+                    "step": done,
+                    "epoch": done / steps_per_epoch,
+                    "train_loss": sum(losses) / len(losses),
+                    **asdict(evaluation),
+                    "thresholds": model.thresholds.tolist()
+                    if model.config.prune_mode == "absolute_threshold"
+                    else None,
                     "elapsed": elapsed + time.perf_counter() - started,
-                }  # fmt: skip
+                }
                 losses = []
                 saved = best is None or not settings.load_best or evaluation.score > best["score"]
                 best = record if saved else best
@@ -534,11 +644,15 @@ def train(
                 show(describe(record, saved and settings.load_best))
                 if done < steps:
                     save()
-            stopped = process.sum(torch.tensor([sum(signals[:1])], device=process.device)).item()  # any process's signal
+            stopped = process.sum(
+                torch.tensor([sum(signals[:1])], device=process.device)
+            ).item()  # any process's signal
             if stopped and done < steps:
                 save()
                 number = signals[0] if signals else signal.SIGTERM  # another process's
-                raise Interrupted(f"stopped after step {done} of {steps}; the same command with --resume goes on", number)
+                raise Interrupted(
+                    f"stopped after step {done} of {steps}; the same command with --resume goes on", number
+                )
     if process.main:
         append(log, {"event": "end", "best": best})
         for path in (output / STATES).glob("step-*.pt"):  # a finished run has nothing to resume
@@ -592,9 +706,20 @@ def check_finite(value: float, step: int, output: Path, best: dict[str, Any] | N
 
 def check_settings(settings: Settings) -> None:
     """Raises InputError for settings out of range."""
-    for name, low in (("batch_size", 1), ("accumulate", 1), ("epochs", 1e-9), ("learning_rate", 0), ("max_grad_norm", 1e-9),
-                      ("warmup", 0), ("temperature", 1e-12), ("threshold_learning_rate", 0), ("weight_decay", 0),
-                      ("regularization", 0), ("threshold_weight_decay", 0), ("seed", 0)):  # fmt: skip
+    for name, low in (
+        ("batch_size", 1),
+        ("accumulate", 1),
+        ("epochs", 1e-9),
+        ("learning_rate", 0),
+        ("max_grad_norm", 1e-9),
+        ("warmup", 0),
+        ("temperature", 1e-12),
+        ("threshold_learning_rate", 0),
+        ("weight_decay", 0),
+        ("regularization", 0),
+        ("threshold_weight_decay", 0),
+        ("seed", 0),
+    ):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= low):
             raise InputError(f"{name} = {value}: expected {'more than 0' if 0 < low < 1 else f'at least {low}'}")
@@ -614,7 +739,12 @@ def training_batches(examples: Examples, settings: Settings, first: int, steps: 
 
 
 def backward(
-    replica: torch.nn.Module, examples: Examples, indices: np.ndarray, pruning: str, settings: Settings, process: Process
+    replica: torch.nn.Module,
+    examples: Examples,
+    indices: np.ndarray,
+    pruning: str,
+    settings: Settings,
+    process: Process,
 ) -> float:
     """Leaves the gradient of a global batch in the parameters and returns its loss.
 
@@ -658,8 +788,10 @@ def describe(record: dict[str, Any], best: bool) -> str:
     """One line of an evaluation."""
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     kept = " ".join(f"{share:.2f}" for share in record["kept"])
-    return (f"epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}  {metrics}  FLOPs {record['relative_flops']:.3f}"
-            f"  kept {kept}{'  (best)' if best else ''}")  # fmt: skip
+    return (
+        f"epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}  {metrics}  FLOPs {record['relative_flops']:.3f}"
+        f"  kept {kept}{'  (best)' if best else ''}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -726,7 +858,11 @@ def run_stage(
         if options.final_token_threshold is not None or model.config.score_norm != config.score_norm:
             has_thresholds = False  # asked to start anew, or their scale has changed
             model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
-        how = "continue from the checkpoint's" if has_thresholds else f"start from 0 to {model.config.final_token_threshold}"
+        how = (
+            "continue from the checkpoint's"
+            if has_thresholds
+            else f"start from 0 to {model.config.final_token_threshold}"
+        )
         notes.append(f"the thresholds {how}")
 
     train_set = train_sets[""]
@@ -736,9 +872,28 @@ def run_stage(
         cut = f"; {examples.truncated} longer than {max_length} were cut" if examples.truncated else ""
         show(f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average{cut}")
     pruning = {"finetune": "none", "soft": "soft", "topk": "topk"}.get(stage, "hard")
-    header = {"stage": stage, "task": source.task.name, "data": str(source.path), "restore": str(restore), **asdict(options)}
-    result = train(model, pruning, train_set, dev_sets, source.task.metric, settings, output, tokenizer, process, show,
-                   progress, header, resume)  # fmt: skip
+    header = {
+        "stage": stage,
+        "task": source.task.name,
+        "data": str(source.path),
+        "restore": str(restore),
+        **asdict(options),
+    }
+    result = train(
+        model,
+        pruning,
+        train_set,
+        dev_sets,
+        source.task.metric,
+        settings,
+        output,
+        tokenizer,
+        process,
+        show,
+        progress,
+        header,
+        resume,
+    )
     return output, result
 
 
@@ -755,9 +910,14 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
     rate = f"lr_{settings.learning_rate}"
     if stage == "soft":
         return Path(
-            "checkpoints/base", task.name.replace("-", ""), "absolute_threshold", f"rate_{config.final_token_threshold}",
-            f"temperature_{settings.temperature}", f"lambda_{settings.regularization}", rate,
-        )  # fmt: skip
+            "checkpoints/base",
+            task.name.replace("-", ""),
+            "absolute_threshold",
+            f"rate_{config.final_token_threshold}",
+            f"temperature_{settings.temperature}",
+            f"lambda_{settings.regularization}",
+            rate,
+        )
     if stage == "finetune":
         return Path("checkpoints/base", task.name.replace("-", ""), "finetune", rate)
     return Path(restore, "topk" if stage == "topk" else "hard", rate)
@@ -782,7 +942,12 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
 
 
 def evaluate_checkpoint(
-    folder: Path, source: Source, process: Process, batch_size: int = 32, max_length: int | None = None, dense: bool = False,
+    folder: Path,
+    source: Source,
+    process: Process,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    dense: bool = False,
     show: Callable[[str], Any] = lambda line: None,
 ) -> Evaluation:
     """Evaluates a trained model folder on the source's evaluation set. Raises: InputError."""
@@ -833,7 +998,9 @@ class Predictor:
             if "token_ids" in record:
                 ids, size = record["token_ids"], self.model.config.vocab_size
                 if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < size for t in ids):
-                    raise InputError(f"{where}: token_ids must be a list of one or more whole numbers from 0 to {size - 1}")
+                    raise InputError(
+                        f"{where}: token_ids must be a list of one or more whole numbers from 0 to {size - 1}"
+                    )
                 self.truncated += len(ids) > self.max_length
                 ids = ids[: self.max_length]
                 encoded[i] = (ids, [0] * len(ids))
@@ -849,9 +1016,13 @@ class Predictor:
                 self.tokenizer.check_fits(self.model.config.vocab_size, self.folder)
             smallest = self.tokenizer.backend.num_special_tokens_to_add(pair) + 1
             if self.max_length < smallest:
-                raise InputError(f"--max-length {self.max_length}: leaves no room for text; expected at least {smallest}")
+                raise InputError(
+                    f"--max-length {self.max_length}: leaves no room for text; expected at least {smallest}"
+                )
             pairs = [records[i][1]["text_pair"] for i in indices] if pair else None
-            for i, result in zip(indices, self.tokenizer.encode([records[i][1]["text"] for i in indices], pairs, self.max_length)):
+            for i, result in zip(
+                indices, self.tokenizer.encode([records[i][1]["text"] for i in indices], pairs, self.max_length)
+            ):
                 encoded[i] = (result.token_ids, result.segment_ids)
                 self.truncated += result.truncated
         return encoded
@@ -931,9 +1102,17 @@ def predict_file(
 # The demo
 
 DEMO_CONFIG = dict(
-    hidden_size=96, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384, max_position_embeddings=130,
-    vocab_size=600, type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-)  # fmt: skip
+    hidden_size=96,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=384,
+    max_position_embeddings=130,
+    vocab_size=600,
+    type_vocab_size=1,
+    layer_norm_eps=1e-5,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 
 
 class DemoResult(NamedTuple):
@@ -943,7 +1122,9 @@ class DemoResult(NamedTuple):
     survivors: list[set[int]]  # (L,) places of the example's tokens that leave each layer
 
 
-def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: Callable, progress: Callable) -> DemoResult:
+def run_demo(
+    folder: Path, seed: int, overwrite: bool, process: Process, show: Callable, progress: Callable
+) -> DemoResult:
     """Makes data, tokenizer and an untrained model, and runs every stage on them as the commands would."""
     if process.world > 1:
         raise InputError("the demo runs in one process; start it without torchrun")
@@ -963,7 +1144,12 @@ def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: C
     source = Source(custom_task(None, None, None, False), data)
     plan = (
         ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 4.0}, {}),
-        ("soft", "finetune", {"learning_rate": 5e-4, "epochs": 2.0, "threshold_learning_rate": 1e-4, "regularization": 0.05}, {}),
+        (
+            "soft",
+            "finetune",
+            {"learning_rate": 5e-4, "epochs": 2.0, "threshold_learning_rate": 1e-4, "regularization": 0.05},
+            {},
+        ),
         ("hard", "soft", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
         ("topk", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
         ("manual", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
@@ -971,12 +1157,24 @@ def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: C
     rows = []
     for stage, restore, changes, pruning in plan:
         settings = Settings(**(STAGES[stage] | changes | {"seed": seed}))
-        flags = " ".join(f"{flag} {value}" for flag, value in (("--lr", settings.learning_rate), ("--epochs", settings.epochs)))
+        flags = " ".join(
+            f"{flag} {value}" for flag, value in (("--lr", settings.learning_rate), ("--epochs", settings.epochs))
+        )
         if stage == "soft":
             flags += f" --lambda {settings.regularization} --lr-threshold {settings.threshold_learning_rate}"
         show(f"\n$ python ltp.py {stage} --data {data} --restore {folder / restore} {flags} --output {folder / stage}")
-        _, result = run_stage(stage, folder / restore, source, settings, PruningOptions(**pruning), folder / stage, overwrite,
-                              process=process, show=show, progress=progress)  # fmt: skip
+        _, result = run_stage(
+            stage,
+            folder / restore,
+            source,
+            settings,
+            PruningOptions(**pruning),
+            folder / stage,
+            overwrite,
+            process=process,
+            show=show,
+            progress=progress,
+        )
         rows.append((stage, dict(result.best)))
 
     tokenizer, labels = Tokenizer(folder / "hard"), load_config(folder / "hard").labels
@@ -986,7 +1184,7 @@ def run_demo(folder: Path, seed: int, overwrite: bool, process: Process, show: C
         record["speedup"] = measure_speed(trained, sorted_batches(dev, 128), process).speedup
     predictor = Predictor(folder / "hard", process, 1, None, False)
     text = demo_rows(1, seed)[0]["text"]
-    (ids, segments), = predictor.encode([("example", {"text": text})])
+    ((ids, segments),) = predictor.encode([("example", {"text": text})])
     with torch.inference_mode():
         output = predictor.model(*pack([ids], [segments]).to(process.device), trace=True)
     survivors = [set(layer.tokens[layer.keep].tolist()) for layer in output.trace]

@@ -15,10 +15,17 @@ from data import pack, write_demo  # noqa: E402
 from model import Config, Model, initialize, save_model, threshold_ladder  # noqa: E402
 
 SMALL = Config(
-    vocab_size=83, hidden_size=30, num_hidden_layers=5, num_attention_heads=3, intermediate_size=47,
-    max_position_embeddings=140, layer_norm_eps=1e-5, labels=("a", "b", "c"), hidden_dropout_prob=0.0,
+    vocab_size=83,
+    hidden_size=30,
+    num_hidden_layers=5,
+    num_attention_heads=3,
+    intermediate_size=47,
+    max_position_embeddings=140,
+    layer_norm_eps=1e-5,
+    labels=("a", "b", "c"),
+    hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
-)  # fmt: skip
+)
 
 
 def small_model(**changes) -> Model:
@@ -57,7 +64,9 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder / "data", seed=1, train=150, dev=41)
     torch.manual_seed(0)
-    model = Model(Config(600, 32, 4, 2, 64, 130, type_vocab_size=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    model = Model(
+        Config(600, 32, 4, 2, 64, 130, type_vocab_size=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    )
     initialize(model, 0.1)
     save_model(folder / "model", model)
     for name in ("vocab.json", "merges.txt"):

@@ -39,7 +39,9 @@ def forward(model, sequences, pruning, temperature=None):
             norm = real.sum(1).float()
         score = score / H / norm[:, None]
         attended = torch.cat(heads, -1) @ layer.attention.output.weight.T + layer.attention.output.bias
-        x = F.layer_norm(x + attended, (D,), layer.attention_norm.weight, layer.attention_norm.bias, config.layer_norm_eps)
+        x = F.layer_norm(
+            x + attended, (D,), layer.attention_norm.weight, layer.attention_norm.bias, config.layer_norm_eps
+        )
         mask = torch.ones(B, n)
         if pruning == "hard":
             keep = score >= model.thresholds[l - 1]

@@ -37,9 +37,32 @@ def runs(demo, tmp_path_factory):
     """The pipeline with the authors' spellings: finetune, soft, hard."""
     folder = tmp_path_factory.mktemp("cli")
     common = ("--data", demo / "data", "--bs", 16)
-    run("finetune", *common, "--restore", demo / "model", "--lr", "1e-3", "--epochs", 1, "--output", folder / "finetune")
-    run("soft", *common, "--restore", folder / "finetune", "--lr", "2e-4", "--temperature", "1e-3", "--lambda", 0.15,
-        "--weight_decay", 0, "--epoch", 1, "--save_step", 5, "--no_load", "--lr_threshold", "1e-3", "--output", folder / "soft")  # fmt: skip
+    run(
+        "finetune", *common, "--restore", demo / "model", "--lr", "1e-3", "--epochs", 1, "--output", folder / "finetune"
+    )
+    run(
+        "soft",
+        *common,
+        "--restore",
+        folder / "finetune",
+        "--lr",
+        "2e-4",
+        "--temperature",
+        "1e-3",
+        "--lambda",
+        0.15,
+        "--weight_decay",
+        0,
+        "--epoch",
+        1,
+        "--save_step",
+        5,
+        "--no_load",
+        "--lr_threshold",
+        "1e-3",
+        "--output",
+        folder / "soft",
+    )
     run("hard", *common, "--restore", folder / "soft", "--lr", "1e-4", "--epoch", 1)
     return folder
 
@@ -58,20 +81,56 @@ def test_the_authors_pipeline(runs, demo):
 def test_eval_prints_and_writes(runs, demo, tmp_path):
     result = run("eval", "--data", demo / "data", "--restore", runs / "soft", "--json", tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
-    assert set(record) >= {"task", "metrics", "score", "examples", "gflops", "dense_gflops", "relative_flops", "kept",
-                           "seconds", "examples_per_second"}  # fmt: skip
+    assert set(record) >= {
+        "task",
+        "metrics",
+        "score",
+        "examples",
+        "gflops",
+        "dense_gflops",
+        "relative_flops",
+        "kept",
+        "seconds",
+        "examples_per_second",
+    }
     assert record["examples"] == 41 and 0 < record["relative_flops"] < 1 and len(record["kept"]) == 4
     assert f"{record['relative_flops']:.3f}" in result.output and "kept after each layer" in result.output
-    run("eval", "--data", demo / "data" / "dev.jsonl", "--restore", runs / "soft", "--dense", "--json", tmp_path / "r.json")
+    run(
+        "eval",
+        "--data",
+        demo / "data" / "dev.jsonl",
+        "--restore",
+        runs / "soft",
+        "--dense",
+        "--json",
+        tmp_path / "r.json",
+    )
     dense = json.loads((tmp_path / "r.json").read_text())
     assert dense["relative_flops"] == 1.0 and dense["examples"] == 41
     logged = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[-2])
-    assert logged["metrics"] == record["metrics"] and logged["relative_flops"] == pytest.approx(record["relative_flops"])
+    assert logged["metrics"] == record["metrics"] and logged["relative_flops"] == pytest.approx(
+        record["relative_flops"]
+    )
 
 
 def test_bench_measures_and_writes(runs, demo, tmp_path):
-    result = run("bench", "--restore", runs / "soft", "--data", demo / "data", "--examples", 20, "--repeats", 2, "--bs", 1, "--bs", 8,
-                 "--json", tmp_path / "b.json")  # fmt: skip
+    result = run(
+        "bench",
+        "--restore",
+        runs / "soft",
+        "--data",
+        demo / "data",
+        "--examples",
+        20,
+        "--repeats",
+        2,
+        "--bs",
+        1,
+        "--bs",
+        8,
+        "--json",
+        tmp_path / "b.json",
+    )
     record = json.loads((tmp_path / "b.json").read_text())
     assert [s["batch_size"] for s in record["speeds"]] == [1, 8] and record["conditions"]["examples"] == 20
     assert "FLOPs into time" in result.output and record["conditions"]["peak_memory_bytes"] > 2**20
@@ -90,7 +149,17 @@ def test_predict_is_in_input_order_whatever_the_batch_size(runs, demo, tmp_path)
     source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     answers = {}
     for size in (1, 64):
-        run("predict", "--restore", runs / "soft", "--input", source, "--output", tmp_path / f"{size}.jsonl", "--batch-size", size)
+        run(
+            "predict",
+            "--restore",
+            runs / "soft",
+            "--input",
+            source,
+            "--output",
+            tmp_path / f"{size}.jsonl",
+            "--batch-size",
+            size,
+        )
         answers[size] = [json.loads(line) for line in (tmp_path / f"{size}.jsonl").read_text().splitlines()]
     assert len(answers[1]) == len(answers[64]) == 41
     for one, many in zip(answers[1], answers[64]):
@@ -106,7 +175,9 @@ def test_golden_style_folder_without_tokenizer(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"token_ids": s}) for s in random_sequences(5)))
     run("predict", "--restore", tmp_path / "m", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert "holds no lines" in refused("predict", "--restore", tmp_path / "m", "--input", tmp_path / "empty.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "holds no lines" in refused(
+        "predict", "--restore", tmp_path / "m", "--input", tmp_path / "empty.jsonl", "--output", tmp_path / "out.jsonl"
+    )
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
 
 
@@ -119,8 +190,19 @@ def test_demo(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "write_demo", lambda folder, seed: small(folder, seed, train=96, dev=20))
         result = run("demo", "--output", tmp_path / "demo")
-        assert refused("demo", "--output", tmp_path / "demo").endswith("is not empty; choose another or pass --overwrite")
-    for word in ("finetune", "soft", "hard", "topk", "manual", "measured speed", "layer 6", "python ltp.py finetune --task MRPC"):
+        assert refused("demo", "--output", tmp_path / "demo").endswith(
+            "is not empty; choose another or pass --overwrite"
+        )
+    for word in (
+        "finetune",
+        "soft",
+        "hard",
+        "topk",
+        "manual",
+        "measured speed",
+        "layer 6",
+        "python ltp.py finetune --task MRPC",
+    ):
         assert word in result.stdout, word
     assert data.STAGES["finetune"] == {}
 
@@ -130,11 +212,18 @@ def test_help_answers_at_once(command):
     best = float("inf")
     for _ in range(3):  # the best of three: the machine may be busy
         start = time.perf_counter()
-        result = subprocess.run([sys.executable, ROOT / "ltp.py", *command.split(), "--help"], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, ROOT / "ltp.py", *command.split(), "--help"], capture_output=True, text=True
+        )
         best = min(best, time.perf_counter() - start)
     assert result.returncode == 0 and "Usage" in result.stdout and not result.stderr
     assert best < 0.5
-    assert subprocess.run([sys.executable, "-X", "importtime", ROOT / "ltp.py", "--help"], capture_output=True, text=True).stderr.count("| torch\n") == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-X", "importtime", ROOT / "ltp.py", "--help"], capture_output=True, text=True
+        ).stderr.count("| torch\n")
+        == 0
+    )
 
 
 def test_every_option_has_help():
@@ -158,12 +247,20 @@ def test_bad_input_is_one_line(runs, demo, tmp_path):
     assert "--dev-data" in refused("finetune", *model, "--data", demo / "data" / "dev.jsonl")
     assert "leaves no room for text" in refused("eval", *data, "--restore", runs / "soft", "--max-length", 2)
     before = (runs / "soft" / "model.safetensors").read_bytes()
-    refused("soft", "--data", tmp_path / "empty", "--restore", runs / "finetune", "--output", runs / "soft", "--overwrite")
-    assert "is the checkpoint to start from" in refused("soft", *data, "--restore", runs / "soft", "--output", runs / "soft", "--overwrite")
+    refused(
+        "soft", "--data", tmp_path / "empty", "--restore", runs / "finetune", "--output", runs / "soft", "--overwrite"
+    )
+    assert "is the checkpoint to start from" in refused(
+        "soft", *data, "--restore", runs / "soft", "--output", runs / "soft", "--overwrite"
+    )
     assert (runs / "soft" / "model.safetensors").read_bytes() == before
-    assert "no column 'words'" in refused("finetune", *data, *model, "--text-column", "words", "--output", tmp_path / "o")
+    assert "no column 'words'" in refused(
+        "finetune", *data, *model, "--text-column", "words", "--output", tmp_path / "o"
+    )
     assert "classification head" in refused("eval", *data, "--restore", headless(demo, tmp_path))
-    assert "has 2 outputs, but MNLI needs 3" in refused("eval", "--task", "MNLI", "--data", tmp_path, "--restore", runs / "soft")
+    assert "has 2 outputs, but MNLI needs 3" in refused(
+        "eval", "--task", "MNLI", "--data", tmp_path, "--restore", runs / "soft"
+    )
     assert "device" in refused("eval", *data, "--restore", runs / "soft", "--device", "toaster")
     assert not (tmp_path / "o").exists()
 
@@ -175,19 +272,30 @@ def headless(demo, tmp_path) -> Path:
     folder.mkdir()
     for name in ("config.json", "vocab.json", "merges.txt"):
         (folder / name).write_bytes((demo / "model" / name).read_bytes())
-    tensors = {k: v for k, v in load_file(demo / "model" / "model.safetensors").items() if not k.startswith("classifier")}
+    tensors = {
+        k: v for k, v in load_file(demo / "model" / "model.safetensors").items() if not k.startswith("classifier")
+    }
     save_file(tensors, folder / "model.safetensors")
     return folder
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"words": "a"}', 'expected an object with "text"'), ("[1]", "expected an object"), ("{", "not JSON"), ('{"text": 3}', "must be strings"),
-    ('{"token_ids": [700]}', "whole numbers from 0 to 599"), ('{"token_ids": []}', "token_ids must be a list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"words": "a"}', 'expected an object with "text"'),
+        ("[1]", "expected an object"),
+        ("{", "not JSON"),
+        ('{"text": 3}', "must be strings"),
+        ('{"token_ids": [700]}', "whole numbers from 0 to 599"),
+        ('{"token_ids": []}', "token_ids must be a list"),
+    ],
+)
 def test_bad_prediction_input_names_the_line_and_leaves_the_old_output(runs, tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     (tmp_path / "out.jsonl").write_text("old")
-    error = refused("predict", "--restore", runs / "soft", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    error = refused(
+        "predict", "--restore", runs / "soft", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
+    )
     assert "line 2" in error and message in error
     assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 

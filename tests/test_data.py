@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 
 from data import (
-    GLUE, InputError, Source, Tokenizer, chunked, custom_task, demo_rows, epoch_batches, evaluate_predictions, find_task,
-    load_examples, pack, read_rows,
-)  # fmt: skip
+    GLUE,
+    InputError,
+    Source,
+    Tokenizer,
+    chunked,
+    custom_task,
+    demo_rows,
+    epoch_batches,
+    evaluate_predictions,
+    find_task,
+    load_examples,
+    pack,
+    read_rows,
+)
 
 DATA = Path(os.environ.get("LTP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -44,7 +55,9 @@ def test_metrics_by_hand():
     assert score == pytest.approx((2 * 1 - 1 * 0) / np.sqrt(3 * 2 * 2 * 1)) and metrics["accuracy"] == 0.75
     assert evaluate_predictions("accuracy", logits, labels)[1] == 0.75
     metrics, score = evaluate_predictions("correlation", np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0]))
-    assert metrics["spearman"] == pytest.approx(1) and metrics["pearson"] == pytest.approx(3 / np.sqrt(28 / 3), abs=1e-6)
+    assert metrics["spearman"] == pytest.approx(1) and metrics["pearson"] == pytest.approx(
+        3 / np.sqrt(28 / 3), abs=1e-6
+    )
     assert score == pytest.approx((metrics["pearson"] + 1) / 2)
     assert evaluate_predictions("correlation", np.ones((3, 1)), np.array([1.0, 2.0, 3.0]))[1] == 0.0
 
@@ -75,16 +88,25 @@ def test_csv_jsonl_and_parquet_read_alike(tmp_path):
         assert [row[1:] for row in rows(tmp_path / f"a.{suffix}", ("text", "other", "label"))] == wanted, suffix
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.tsv", b"", "holds no examples|no column"), ("x.tsv", b"text\tlabel\n", "holds no examples"),
-    ("x.tsv", b"text\tlabel\nabc\n", "line 2: 1 columns, expected 2"), ("x.tsv", b"words\tlabel\na\t1\n", "no column 'text'"),
-    ("x.tsv", b"text\tlabel\n\xff\xfe\t1\n", "not UTF-8"), ("x.csv", b"text\na\n", "no column 'label'"), ("x.csv", b"text,label\na, b,1\n", "line 2: 3 columns, expected 2"),
-    ("x.csv", b'text,label\n"open,1\n', "not readable"), ("x.jsonl", b"{'text'}\n", "line 1: not JSON"),
-    ("x.jsonl", b'{"text": "a", "label": 1}\n[1]\n', "line 2: expected a JSON object"),
-    ("x.jsonl", b'{"text": 5, "label": 1}\n', "line 1: the text is not a string of valid"),
-    ("x.jsonl", b'{"text": "a", "label": null}\n', "line 1: no value in the column 'label'"),
-    ("x.parquet", b"PAR1 not really", "not a readable Parquet file"), ("x.xlsx", b"", "unknown kind of file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.tsv", b"", "holds no examples|no column"),
+        ("x.tsv", b"text\tlabel\n", "holds no examples"),
+        ("x.tsv", b"text\tlabel\nabc\n", "line 2: 1 columns, expected 2"),
+        ("x.tsv", b"words\tlabel\na\t1\n", "no column 'text'"),
+        ("x.tsv", b"text\tlabel\n\xff\xfe\t1\n", "not UTF-8"),
+        ("x.csv", b"text\na\n", "no column 'label'"),
+        ("x.csv", b"text,label\na, b,1\n", "line 2: 3 columns, expected 2"),
+        ("x.csv", b'text,label\n"open,1\n', "not readable"),
+        ("x.jsonl", b"{'text'}\n", "line 1: not JSON"),
+        ("x.jsonl", b'{"text": "a", "label": 1}\n[1]\n', "line 2: expected a JSON object"),
+        ("x.jsonl", b'{"text": 5, "label": 1}\n', "line 1: the text is not a string of valid"),
+        ("x.jsonl", b'{"text": "a", "label": null}\n', "line 1: no value in the column 'label'"),
+        ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),
+        ("x.xlsx", b"", "unknown kind of file"),
+    ],
+)
 def test_bad_files_are_named_with_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name}.*({message})"):
@@ -109,10 +131,17 @@ def test_glue_layouts(tmp_path, tokenizer):
     write(tmp_path / "STS-B", dev="index\tsentence1\tsentence2\tscore\n0\ta\tb\t2.500\n1\tc\td\t0\n")
     write(tmp_path / "QNLI", dev="index\tquestion\tsentence\tlabel\n0\tq\ts\tnot_entailment\n1\tq\ts\tentailment\n")
     header = "index\tsentence1\tsentence2\tlabel1\tgold_label\n"
-    write(tmp_path / "MNLI", dev_matched=header + "0\ta\tb\tneutral\tneutral\n", dev_mismatched=header + "0\ta\tb\tx\tcontradiction\n1\ta\tb\tx\tentailment\n")  # fmt: skip
+    write(
+        tmp_path / "MNLI",
+        dev_matched=header + "0\ta\tb\tneutral\tneutral\n",
+        dev_mismatched=header + "0\ta\tb\tx\tcontradiction\n1\ta\tb\tx\tentailment\n",
+    )
 
     def labels(task, split="dev"):
-        return {s: e.labels.tolist() for s, e in load_examples(Source(find_task(task), tmp_path), split, tokenizer, 32)[0].items()}
+        return {
+            s: e.labels.tolist()
+            for s, e in load_examples(Source(find_task(task), tmp_path), split, tokenizer, 32)[0].items()
+        }
 
     assert labels("CoLA") == {"": [1, 0]} and labels("STSB") == {"": [2.5, 0]} and labels("QNLI") == {"": [1, 0]}
     assert labels("MNLI") == {"": [1], "_mismatched": [2, 0]}
@@ -177,8 +206,35 @@ def test_no_network_says_how_to_pass_data(tokenizer, monkeypatch):
 
 def lines_of_text() -> list[str]:
     """1,200 lines: words, accents, CJK, emoji, right-to-left, odd spaces, special tokens, blanks."""
-    pieces = ["Hello", "world", "naïve", "café", "Ångström", "中文字符", "日本語テスト", "한국어", "😀", "👩‍👩‍👧", "مرحبا", "I'll", "don't",
-              "1,234.5", "e-mail@x.org", "#tag", "\t", "  ", "\u00a0", "\u200b", "<mask>", "[SEP]", "</s>", "ﬁ", "e\u0301", "—", "’"]  # fmt: skip
+    pieces = [
+        "Hello",
+        "world",
+        "naïve",
+        "café",
+        "Ångström",
+        "中文字符",
+        "日本語テスト",
+        "한국어",
+        "😀",
+        "👩‍👩‍👧",
+        "مرحبا",
+        "I'll",
+        "don't",
+        "1,234.5",
+        "e-mail@x.org",
+        "#tag",
+        "\t",
+        "  ",
+        "\u00a0",
+        "\u200b",
+        "<mask>",
+        "[SEP]",
+        "</s>",
+        "ﬁ",
+        "e\u0301",
+        "—",
+        "’",
+    ]
     generator = np.random.default_rng(0)
     lines = [" ".join(generator.choice(pieces, generator.integers(0, 12))) for _ in range(1200)]
     return [*lines[:-4], "", " ", "\n", "x" * 300]
@@ -195,8 +251,15 @@ def tokenizer_folders(tmp_path_factory) -> dict[str, Path]:
     text = lines_of_text()[:900]
     bpe = Backend(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
+    bpe.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     for name, prefix in (("bpe", False), ("bpe_prefix", True)):
         folders[name] = root / name
         folders[name].mkdir()
@@ -209,7 +272,9 @@ def tokenizer_folders(tmp_path_factory) -> dict[str, Path]:
         piece.normalizer = normalizers.BertNormalizer(lowercase=lower)
         piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        piece.train_from_iterator(text, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+        piece.train_from_iterator(
+            text, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+        )
         folders[name] = root / name
         folders[name].mkdir()
         piece.model.save(str(folders[name]))
@@ -222,7 +287,9 @@ def tokenizer_folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["bpe", "bpe_prefix", "wordpiece", "wordpiece_cased"])
 def test_ids_equal_transformers(name, tokenizer_folders, tmp_path):
     transformers = pytest.importorskip("transformers")
-    theirs = getattr(transformers, "RobertaTokenizerFast" if "bpe" in name else "BertTokenizerFast").from_pretrained(tokenizer_folders[name])
+    theirs = getattr(transformers, "RobertaTokenizerFast" if "bpe" in name else "BertTokenizerFast").from_pretrained(
+        tokenizer_folders[name]
+    )
     theirs.save_pretrained(tmp_path)  # the same as a tokenizer.json
     text = lines_of_text()
     pairs = text[::-1]

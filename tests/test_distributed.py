@@ -15,9 +15,18 @@ ROOT = Path(__file__).parent.parent
 
 def launch(processes: int, *args, code: int = 0) -> subprocess.CompletedProcess:
     """Runs ltp.py with torchrun (or alone) on one thread a process."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else [sys.executable]
-    result = subprocess.run([*start, str(ROOT / "ltp.py"), *map(str, args)], capture_output=True, text=True, timeout=300,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    start = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else [sys.executable]
+    )
+    result = subprocess.run(
+        [*start, str(ROOT / "ltp.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == code, result.stderr
     return result
 
@@ -25,15 +34,45 @@ def launch(processes: int, *args, code: int = 0) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def finetuned(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    launch(1, "finetune", "--data", demo / "data", "--restore", demo / "model", "--lr", "1e-3", "--epochs", 1, "--output", folder / "f")
+    launch(
+        1,
+        "finetune",
+        "--data",
+        demo / "data",
+        "--restore",
+        demo / "model",
+        "--lr",
+        "1e-3",
+        "--epochs",
+        1,
+        "--output",
+        folder / "f",
+    )
     return folder / "f"
 
 
 @pytest.mark.parametrize("stage", ["finetune", "soft", "manual", "topk"])
 def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
     for processes in (1, 2):
-        launch(processes, stage, "--data", demo / "data", "--restore", finetuned, "--lr", "2e-4", "--bs", 15, "--epochs", 2,
-               "--accumulate", 2, "--no-load", "--output", tmp_path / str(processes))  # fmt: skip
+        launch(
+            processes,
+            stage,
+            "--data",
+            demo / "data",
+            "--restore",
+            finetuned,
+            "--lr",
+            "2e-4",
+            "--bs",
+            15,
+            "--epochs",
+            2,
+            "--accumulate",
+            2,
+            "--no-load",
+            "--output",
+            tmp_path / str(processes),
+        )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "12")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
@@ -45,7 +84,9 @@ def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
 
 def test_three_processes_evaluate_like_one(demo, finetuned, tmp_path):
     for processes in (1, 3):
-        launch(processes, "eval", "--data", demo / "data", "--restore", finetuned, "--json", tmp_path / f"{processes}.json")
+        launch(
+            processes, "eval", "--data", demo / "data", "--restore", finetuned, "--json", tmp_path / f"{processes}.json"
+        )
     one, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "13")
     for key in ("metrics", "score", "examples", "relative_flops", "kept"):
         assert one[key] == three[key]

@@ -20,15 +20,28 @@ from model import save_model
 COUNT, SEED = int(os.environ.get("LTP_FUZZ", 240)), int(os.environ.get("LTP_FUZZ_SEED", 0))
 JUNK = [None, "", "x", -1, 0, 1.5, 10**30, [], {}, [1], {"0": 1}, True, float("nan"), "7", -(10**400)]
 # Keys of config.json that no result depends on, whatever they hold.
-IDLE = {"initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "architectures",
-        "label2id", "max_seq_length", "token_keep_rate", "type_vocab_size", "problem_type", "pad_token_id"}  # fmt: skip
+IDLE = {
+    "initializer_range",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "architectures",
+    "label2id",
+    "max_seq_length",
+    "token_keep_rate",
+    "type_vocab_size",
+    "problem_type",
+    "pad_token_id",
+}
 
 
 @pytest.fixture(scope="module")
 def whole(demo, tmp_path_factory) -> Path:
     """A folder with everything a user has: a hard-pruning model, a data file, and questions to predict."""
     folder = tmp_path_factory.mktemp("whole")
-    model = small_model(vocab_size=600, labels=("negative", "positive"), prune_mode="absolute_threshold", score_norm="length")
+    model = small_model(
+        vocab_size=600, labels=("negative", "positive"), prune_mode="absolute_threshold", score_norm="length"
+    )
     save_model(folder / "model", model)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(demo / "model" / name, folder / "model" / name)
@@ -85,7 +98,9 @@ def predictions(folder: Path, output: Path):
 
 
 def digest(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_damaged_inputs(whole, tmp_path, monkeypatch):
@@ -97,7 +112,20 @@ def test_damaged_inputs(whole, tmp_path, monkeypatch):
     for number in range(COUNT):
         folder = tmp_path / f"{number}"
         shutil.copytree(whole, folder)
-        target = generator.choice(["weights", "weights", "config", "config", "config", "config.json", "tokenizer", "data", "data", "questions"])
+        target = generator.choice(
+            [
+                "weights",
+                "weights",
+                "config",
+                "config",
+                "config",
+                "config.json",
+                "tokenizer",
+                "data",
+                "data",
+                "questions",
+            ]
+        )
         may_change = True
         if target == "weights":  # the header: a changed weight is a weight
             path = folder / "model" / "model.safetensors"
@@ -117,7 +145,11 @@ def test_damaged_inputs(whole, tmp_path, monkeypatch):
         before, old = digest(folder), folder.parent / f"{number}.jsonl"
         old.write_text("old")
         if target == "data":
-            changed = next(p for p in ("dev.jsonl", "dev.tsv") if before[p] != digest(whole)[p]) if before != digest(whole) else "dev.tsv"
+            changed = (
+                next(p for p in ("dev.jsonl", "dev.tsv") if before[p] != digest(whole)[p])
+                if before != digest(whole)
+                else "dev.tsv"
+            )
             arguments = ["eval", "--restore", folder / "model", "--data", folder / changed, "--json", old]
             result = CliRunner().invoke(main, [str(a) for a in arguments])
         else:

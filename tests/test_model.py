@@ -13,9 +13,26 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError, pack
 from model import (
-    Config, Model, attend, attention_groups, initialize, keep_by_threshold, keep_topk, last_layer_saving, load_model, macs, save_model,
-    sequence_ids, sequence_starts, soft_mask, sum_by_sequence, threshold_ladder, to_grid, topk_counts, topk_rates,
-)  # fmt: skip
+    Config,
+    Model,
+    attend,
+    attention_groups,
+    initialize,
+    keep_by_threshold,
+    keep_topk,
+    last_layer_saving,
+    load_model,
+    macs,
+    save_model,
+    sequence_ids,
+    sequence_starts,
+    soft_mask,
+    sum_by_sequence,
+    threshold_ladder,
+    to_grid,
+    topk_counts,
+    topk_rates,
+)
 
 GOLDEN = Path(os.environ.get("LTP_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
@@ -38,7 +55,13 @@ def test_keep_by_threshold_keeps_ties_and_first_tokens():
     importance = torch.tensor([0.0, 0.3, 0.2, 0.1, 0.5])
     keep = keep_by_threshold(importance, torch.tensor(0.2), torch.tensor([0, 3]))
     assert keep.tolist() == [True, True, True, True, True]
-    assert keep_by_threshold(importance, torch.tensor(0.25), torch.tensor([0, 3])).tolist() == [True, True, False, True, True]
+    assert keep_by_threshold(importance, torch.tensor(0.25), torch.tensor([0, 3])).tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_soft_mask_is_half_at_the_threshold_and_one_at_the_first_token():
@@ -100,7 +123,9 @@ def test_received_attention_sums_over_heads_and_alive_queries():
 def test_dropout_does_not_touch_the_scores():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
-    torch.testing.assert_close(attend(query, key, value, None, 0.5, True, False)[1], attend(query, key, value, None, 0.0, True, False)[1])
+    torch.testing.assert_close(
+        attend(query, key, value, None, 0.5, True, False)[1], attend(query, key, value, None, 0.0, True, False)[1]
+    )
 
 
 # ---- packed = masked, whatever the batch ----
@@ -163,7 +188,9 @@ def test_gradients_equal_the_masked_forwards(mode):
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert ours.keys() == theirs.keys() and ("thresholds" in ours) == (mode == "soft")
     for name in ours:
-        torch.testing.assert_close(ours[name].float(), theirs[name].float(), atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name].float(), theirs[name].float(), atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}"
+        )
 
 
 def test_threshold_zero_is_the_dense_model(model):
@@ -218,7 +245,9 @@ def test_a_pruned_token_keeps_the_state_it_was_dropped_with(model):
 def test_pruned_tokens_are_in_no_later_product(model):
     seen = []
     for layer in model.layers:
-        layer.attention.query_key_value.register_forward_hook(lambda m, args, out: seen.append(("attention", len(args[0]))))
+        layer.attention.query_key_value.register_forward_hook(
+            lambda m, args, out: seen.append(("attention", len(args[0])))
+        )
         layer.intermediate.register_forward_hook(lambda m, args, out: seen.append(("feed-forward", len(args[0]))))
     model.train()
     sequences = random_sequences(8)
@@ -245,7 +274,12 @@ def test_golden_values(case):
     lengths = real.sum(1)
     batch = pack([ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], real)])
     with torch.inference_mode():
-        for mode, name in (("none", "dense_logits"), ("hard", "hard_logits"), ("topk", "topk_logits"), ("soft", "soft_logits_cls_kept")):
+        for mode, name in (
+            ("none", "dense_logits"),
+            ("hard", "hard_logits"),
+            ("topk", "topk_logits"),
+            ("soft", "soft_logits_cls_kept"),
+        ):
             output = model(*batch, pruning=mode, temperature=temperature, trace=True)
             torch.testing.assert_close(output.logits, expected[name], atol=1e-4, rtol=0)
             plain = model(*batch, pruning=mode, temperature=temperature)
@@ -265,14 +299,24 @@ def test_golden_values(case):
                 assert torch.equal(macs(model.config, lengths, output.kept), expected["macs_general"])
             if mode == "none":
                 assert torch.equal(macs(model.config, lengths, output.kept), expected["baseline_macs_general"])
-    assert topk_rates(model.config.token_keep_rate, model.config.num_hidden_layers) == pytest.approx(expected["topk_keep_rates"].tolist())
+    assert topk_rates(model.config.token_keep_rate, model.config.num_hidden_layers) == pytest.approx(
+        expected["topk_keep_rates"].tolist()
+    )
 
 
 # ---- transformers ----
 
 KINDS = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "ibert": "IBert", "bert": "Bert"}
-SIZES = dict(vocab_size=101, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=37,
-             max_position_embeddings=60, num_labels=3, initializer_range=0.3)  # fmt: skip
+SIZES = dict(
+    vocab_size=101,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=37,
+    max_position_embeddings=60,
+    num_labels=3,
+    initializer_range=0.3,
+)
 
 
 def hugging_face(kind: str, folder: Path, **changes):
@@ -314,7 +358,9 @@ def test_dense_logits_equal_transformers_both_ways(kind, act, tmp_path):
 
     ours.config = replace(ours.config, prune_mode="absolute_threshold")
     save_model(tmp_path / "ours", ours)
-    again, report = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
     assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"ltp.thresholds"}
     torch.testing.assert_close(dense_logits(again.eval(), sequences, pad), expected, atol=1e-4, rtol=0)
     assert again.config.num_labels == 3
@@ -378,7 +424,10 @@ def test_saving_gives_back_everything(model, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.model.state_dict().values()))
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["my_key"] == [1, 2] and written["prune_mode"] == "absolute_threshold"
-    assert again.model.pruning == "hard" and sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert again.model.pruning == "hard" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_new_head_when_the_number_of_classes_changes(model, tmp_path):
@@ -391,15 +440,27 @@ def test_new_head_when_the_number_of_classes_changes(model, tmp_path):
         load_model(tmp_path, labels=("p", "q"))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type = 'gpt2'"), ({"quant_mode": True}, "quant_mode"),
-    ({"position_embedding_type": "relative_key"}, "position_embedding_type"), ({"is_decoder": True}, "is_decoder"),
-    ({"hidden_act": "silu"}, "hidden_act"), ({"hidden_size": None}, "hidden_size"), ({"hidden_size": 31}, "hidden_size = 31"),
-    ({"vocab_size": "83"}, "vocab_size"), ({"prune_mode": "other"}, "prune_mode"), ({"score_norm": "sum"}, "score_norm"),
-    ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob"), ({"token_keep_rate": 2}, "token_keep_rate"),
-    ({"id2label": {"0": "a", "2": "b"}}, "id2label"), ({"final_token_threshold": "x"}, "final_token_threshold"),
-    ({"pruned_heads": {"0": [1]}}, "pruned_heads"), ({"layer_norm_eps": -1}, "layer_norm_eps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
+        ({"quant_mode": True}, "quant_mode"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"hidden_act": "silu"}, "hidden_act"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 31}, "hidden_size = 31"),
+        ({"vocab_size": "83"}, "vocab_size"),
+        ({"prune_mode": "other"}, "prune_mode"),
+        ({"score_norm": "sum"}, "score_norm"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob"),
+        ({"token_keep_rate": 2}, "token_keep_rate"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
+        ({"final_token_threshold": "x"}, "final_token_threshold"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"layer_norm_eps": -1}, "layer_norm_eps"),
+    ],
+)
 def test_refused_configurations_name_file_and_key(model, tmp_path, change, message):
     save_model(tmp_path, model)
     path = tmp_path / "config.json"
@@ -434,13 +495,22 @@ def test_missing_keys_files_and_damaged_ones(model, tmp_path):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("edit, message", [
-    (lambda t: t.pop("roberta.encoder.layer.2.attention.self.key.bias"), "layer.2.attention.self.key.bias is missing"),
-    (lambda t: t.update({"roberta.encoder.layer.9.extra": torch.zeros(2)}), "layer.9.extra is not part"),
-    (lambda t: t.update({"classifier.dense.weight": torch.zeros(30, 29)}), r"classifier.dense.weight has shape \(30, 29\)"),
-    (lambda t: t.update({"ltp.thresholds": torch.zeros(4)}), r"ltp.thresholds has shape \(4,\)"),
-    (lambda t: t["ltp.thresholds"].fill_(float("nan")), "ltp.thresholds holds values that are not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            lambda t: t.pop("roberta.encoder.layer.2.attention.self.key.bias"),
+            "layer.2.attention.self.key.bias is missing",
+        ),
+        (lambda t: t.update({"roberta.encoder.layer.9.extra": torch.zeros(2)}), "layer.9.extra is not part"),
+        (
+            lambda t: t.update({"classifier.dense.weight": torch.zeros(30, 29)}),
+            r"classifier.dense.weight has shape \(30, 29\)",
+        ),
+        (lambda t: t.update({"ltp.thresholds": torch.zeros(4)}), r"ltp.thresholds has shape \(4,\)"),
+        (lambda t: t["ltp.thresholds"].fill_(float("nan")), "ltp.thresholds holds values that are not finite"),
+    ],
+)
 def test_wrong_tensors_are_named(model, tmp_path, edit, message):
     model.config = replace(model.config, prune_mode="absolute_threshold")
     save_model(tmp_path, model)

@@ -31,7 +31,9 @@ def start(demo, tmp_path_factory) -> Path:
     return folder
 
 
-def train(demo: Path, start: Path, output: Path, progress=lambda **state: None, show=lambda line: None, resume=True, **changes):
+def train(
+    demo: Path, start: Path, output: Path, progress=lambda **state: None, show=lambda line: None, resume=True, **changes
+):
     settings = Settings(**{"learning_rate": 1e-3, "epochs": 2.0, "batch_size": 15, "save_steps": 3} | changes)
     torch.manual_seed(settings.seed)
     source = Source(custom_task(None, None, None, False), demo / "data")
@@ -64,7 +66,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(demo, start, str
             os.kill(os.getpid(), number)
 
     for step in (4, 11):
-        with pytest.raises(Interrupted, match=f"stopped after step {step} of {STEPS}; the same command with --resume goes on") as caught:
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {step} of {STEPS}; the same command with --resume goes on"
+        ) as caught:
             train(demo, start, tmp_path, stop_at)
         assert caught.value.number == number
         if step == 4:
@@ -107,7 +111,9 @@ def test_resuming_with_other_settings_is_refused(demo, start, tmp_path):
     with pytest.raises(Interrupted):
         train(demo, start, tmp_path, lambda step, **state: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(InputError, match="was started with learning_rate = 0.001, not 0.002; resume with the same options"):
+    with pytest.raises(
+        InputError, match="was started with learning_rate = 0.001, not 0.002; resume with the same options"
+    ):
         train(demo, start, tmp_path, learning_rate=2e-3)
     with pytest.raises(InputError, match="--resume to go on with it"):
         train(demo, start, tmp_path, resume=False)
@@ -118,8 +124,29 @@ def test_resuming_with_other_settings_is_refused(demo, start, tmp_path):
 
 
 def command(demo: Path, start: Path, output: Path, *launcher: str) -> list[str]:
-    return [*launcher, str(ROOT / "ltp.py"), "soft", "--data", str(demo / "data"), "--restore", str(start), "--output", str(output),
-            "--lr", "1e-3", "--epochs", "2", "--bs", "15", "--save-steps", "3", "--load-best", "--threads", "1", "--resume"]  # fmt: skip
+    return [
+        *launcher,
+        str(ROOT / "ltp.py"),
+        "soft",
+        "--data",
+        str(demo / "data"),
+        "--restore",
+        str(start),
+        "--output",
+        str(output),
+        "--lr",
+        "1e-3",
+        "--epochs",
+        "2",
+        "--bs",
+        "15",
+        "--save-steps",
+        "3",
+        "--load-best",
+        "--threads",
+        "1",
+        "--resume",
+    ]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -141,7 +168,9 @@ def kill_at_random_moments(demo, start, tmp_path, kills: int) -> None:
         log = tmp_path / "killed" / "log.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
         deadline = time.time() + 60  # wait until training has begun, then a random moment
-        while process.poll() is None and time.time() < deadline and (not log.exists() or log.stat().st_mtime_ns == before):
+        while (
+            process.poll() is None and time.time() < deadline and (not log.exists() or log.stat().st_mtime_ns == before)
+        ):
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.6))
         process.kill()
@@ -167,7 +196,10 @@ def test_a_killed_worker_is_restarted_and_the_result_is_the_same(demo, start, tm
     two = torchrun("--standalone", "--nproc-per-node", "2")
     finish(command(demo, start, tmp_path / "straight", *two))
     process = subprocess.Popen(
-        command(demo, start, tmp_path / "killed", *two, "--max-restarts", "1"), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command(demo, start, tmp_path / "killed", *two, "--max-restarts", "1"),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
     )
     states = tmp_path / "killed" / STATES
     while process.poll() is None and not list(states.glob("step-*.pt")):
@@ -183,9 +215,25 @@ def test_two_nodes_agree_with_one(demo, start, tmp_path):
     finish(command(demo, start, tmp_path / "one", *torchrun("--standalone", "--nproc-per-node", "2")))
     nodes = []
     for rank in range(2):
-        node = torchrun("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), "--rdzv-backend", "c10d",
-                        "--rdzv-endpoint", "localhost:29531", "--rdzv-id", "test")  # fmt: skip
-        nodes.append(subprocess.Popen(command(demo, start, tmp_path / "two", *node), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT))
+        node = torchrun(
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--node-rank",
+            str(rank),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:29531",
+            "--rdzv-id",
+            "test",
+        )
+        nodes.append(
+            subprocess.Popen(
+                command(demo, start, tmp_path / "two", *node), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+            )
+        )
     for node in nodes:
         _, errors = node.communicate(timeout=300)
         assert node.returncode == 0, errors

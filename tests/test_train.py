@@ -13,9 +13,23 @@ from conftest import random_sequences, small_model
 from data import Examples, InputError, Settings, Source, custom_task, find_task
 from model import load_model, save_model, threshold_ladder
 from train import (
-    Predictor, Process, PruningOptions, backward, check_output, clear_output, default_output, evaluate, known_labels, make_optimizer,
-    measure_speed, predict_examples, rate_factor, run_stage, sorted_batches, task_loss,
-)  # fmt: skip
+    Predictor,
+    Process,
+    PruningOptions,
+    backward,
+    check_output,
+    clear_output,
+    default_output,
+    evaluate,
+    known_labels,
+    make_optimizer,
+    measure_speed,
+    predict_examples,
+    rate_factor,
+    run_stage,
+    sorted_batches,
+    task_loss,
+)
 
 
 def examples(count: int, classes: int = 3, seed: int = 0, longest: int = 40) -> Examples:
@@ -36,7 +50,9 @@ def test_rate_rises_and_falls_linearly():
 def test_thresholds_have_a_group_of_their_own():
     model = small_model()
     model.thresholds.requires_grad_(True)
-    groups = make_optimizer(model, Settings(learning_rate=1.0, weight_decay=0.5, threshold_learning_rate=2.0)).param_groups
+    groups = make_optimizer(
+        model, Settings(learning_rate=1.0, weight_decay=0.5, threshold_learning_rate=2.0)
+    ).param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1.0, 0.5), (1.0, 0.0), (2.0, 0.0)]
     assert groups[2]["params"][0] is model.thresholds
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
@@ -70,7 +86,9 @@ def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks():
     data, indices = examples(6), np.arange(6)
     with torch.no_grad():
         output = model(*data.batch(indices), pruning="soft", temperature=1e-3)
-    expected = task_loss(output.logits, torch.from_numpy(data.labels)) / 6 + 0.3 * output.soft_mask_sum / data.lengths.sum()
+    expected = (
+        task_loss(output.logits, torch.from_numpy(data.labels)) / 6 + 0.3 * output.soft_mask_sum / data.lengths.sum()
+    )
     settings = Settings(regularization=0.3, temperature=1e-3)
     assert backward(model, data, indices, "soft", settings, Process()) == pytest.approx(float(expected), rel=1e-6)
     assert 0 < float(output.soft_mask_sum) < 5 * data.lengths.sum()
@@ -88,7 +106,10 @@ def test_evaluation_counts_every_example_once_whatever_the_batch_size():
     with torch.inference_mode():
         for i in (0, 20, 40):
             output = model(*data.batch([i]))
-            assert logits[i] == pytest.approx(output.logits[0].numpy(), abs=1e-5) and kept[:, i].tolist() == output.kept[:, 0].tolist()
+            assert (
+                logits[i] == pytest.approx(output.logits[0].numpy(), abs=1e-5)
+                and kept[:, i].tolist() == output.kept[:, 0].tolist()
+            )
     dense = evaluate(model, {"": data}, "accuracy", Process(), pruning="none")
     assert dense.relative_flops == 1 and dense.kept == [1.0] * 5 and dense.gflops == one.dense_gflops
 
@@ -104,7 +125,9 @@ def test_speed_is_measured_for_both():
     model = small_model(prune_mode="topk")
     data = examples(11)
     speed = measure_speed(model, sorted_batches(data, 4), Process(), repeats=2)
-    assert speed.batch_size == 4 and speed.speedup == pytest.approx(speed.examples_per_second / speed.dense_examples_per_second)
+    assert speed.batch_size == 4 and speed.speedup == pytest.approx(
+        speed.examples_per_second / speed.dense_examples_per_second
+    )
     assert speed.flops_reduction == pytest.approx(1 / evaluate(model, {"": data}, "accuracy", Process()).relative_flops)
     assert speed.flops_to_time == pytest.approx(speed.speedup / speed.flops_reduction) and speed.done_reduction > 1
 
@@ -112,7 +135,9 @@ def test_speed_is_measured_for_both():
 # ---- whole stages on the demo's data ----
 
 
-def stage(demo: Path, name: str, restore: Path, output: Path, options=PruningOptions(), show=lambda line: None, **settings):
+def stage(
+    demo: Path, name: str, restore: Path, output: Path, options=PruningOptions(), show=lambda line: None, **settings
+):
     source = Source(custom_task(None, None, None, False), demo / "data")
     settings = Settings(**{"learning_rate": 1e-3, "epochs": 1.0, "batch_size": 16, "load_best": False} | settings)
     torch.manual_seed(settings.seed)
@@ -128,7 +153,9 @@ def finetuned(demo, tmp_path_factory):
 
 def test_soft_moves_thresholds_and_hard_freezes_them(demo, finetuned, tmp_path):
     options = PruningOptions(final_token_threshold=0.01)
-    _, soft = stage(demo, "soft", finetuned, tmp_path / "soft", options, threshold_learning_rate=1e-3, regularization=0.5)
+    _, soft = stage(
+        demo, "soft", finetuned, tmp_path / "soft", options, threshold_learning_rate=1e-3, regularization=0.5
+    )
     learned = load_model(tmp_path / "soft").model
     assert learned.pruning == "hard" and (learned.thresholds - threshold_ladder(0.01, 4)).abs().min() > 1e-4
     assert soft.best["thresholds"] == learned.thresholds.tolist() and soft.best["relative_flops"] < 1
@@ -147,7 +174,9 @@ def test_baselines(demo, finetuned, tmp_path):
     _, topk = stage(demo, "topk", finetuned, tmp_path / "topk", PruningOptions(token_keep_rate=0.25))
     assert topk.best["kept"][:3] == [1, 1, 1] and topk.best["kept"][3] == pytest.approx(0.25, abs=0.02)
     assert load_model(tmp_path / "topk").model.pruning == "topk"
-    stage(demo, "manual", finetuned, tmp_path / "manual", PruningOptions(final_token_threshold=0.02, score_norm="length"))
+    stage(
+        demo, "manual", finetuned, tmp_path / "manual", PruningOptions(final_token_threshold=0.02, score_norm="length")
+    )
     manual = load_model(tmp_path / "manual").model
     assert torch.equal(manual.thresholds, threshold_ladder(0.02, 4)) and manual.config.score_norm == "length"
 
@@ -165,11 +194,26 @@ def test_the_same_seed_gives_the_same_weights(demo, tmp_path):
 
 def test_log_and_folder(demo, finetuned):
     records = [json.loads(line) for line in (finetuned / "log.jsonl").read_text().splitlines()]
-    assert [r["event"] for r in records] == ["start", "evaluation", "end"] and records[0]["settings"]["learning_rate"] == 1e-3
+    assert [r["event"] for r in records] == ["start", "evaluation", "end"] and records[0]["settings"][
+        "learning_rate"
+    ] == 1e-3
     evaluation = records[1]
-    for key in ("train_loss", "loss", "score", "relative_flops", "kept", "thresholds", "seconds", "step", "epoch", "saved"):
+    for key in (
+        "train_loss",
+        "loss",
+        "score",
+        "relative_flops",
+        "kept",
+        "thresholds",
+        "seconds",
+        "step",
+        "epoch",
+        "saved",
+    ):
         assert key in evaluation
-    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "log.jsonl"} == {p.name for p in finetuned.iterdir()}
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "log.jsonl"} == {
+        p.name for p in finetuned.iterdir()
+    }
     assert load_model(finetuned).model.config.labels == ("negative", "positive")
 
 
@@ -187,20 +231,28 @@ def test_best_or_last_checkpoint(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "evaluate", scripted)
     for load_best, step in ((True, 4), (False, 6)):
         scores[:] = [0.5, 0.9, 0.7]
-        output, result = stage(demo, "finetune", demo / "model", tmp_path / str(load_best), save_steps=2, epochs=0.6, load_best=load_best)
+        output, result = stage(
+            demo, "finetune", demo / "model", tmp_path / str(load_best), save_steps=2, epochs=0.6, load_best=load_best
+        )
         assert result.steps == 6 and result.best["step"] == step
         saved = [r["step"] for r in map(json.loads, (output / "log.jsonl").read_text().splitlines()) if r.get("saved")]
         assert saved == ([2, 4] if load_best else [2, 4, 6])
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"step \d: the loss is not finite any more; lower the learning rate. No checkpoint"):
+    with pytest.raises(
+        InputError, match=r"step \d: the loss is not finite any more; lower the learning rate. No checkpoint"
+    ):
         stage(demo, "finetune", demo / "model", tmp_path / "a", learning_rate=1e30, save_steps=1, warmup=0.0)
     import train as module
 
     real, steps = module.backward, []
-    monkeypatch.setattr(module, "backward", lambda *args: steps.append(real(*args)) or (math.nan if len(steps) == 4 else steps[-1]))
-    with pytest.raises(InputError, match="step 4: the loss is not finite any more; lower the learning rate. The last good checkpoint"):
+    monkeypatch.setattr(
+        module, "backward", lambda *args: steps.append(real(*args)) or (math.nan if len(steps) == 4 else steps[-1])
+    )
+    with pytest.raises(
+        InputError, match="step 4: the loss is not finite any more; lower the learning rate. The last good checkpoint"
+    ):
         stage(demo, "finetune", demo / "model", tmp_path / "b", save_steps=2)
     assert load_model(tmp_path / "b").model.config.labels == ("negative", "positive")
 
@@ -240,10 +292,17 @@ def test_a_head_with_the_tasks_labels_in_another_order_is_permuted(tmp_path):
     assert torch.equal(again.head.output.bias, model.head.output.bias[[2, 1, 0]])
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"batch_size": 0}, "batch_size = 0"), ({"learning_rate": math.nan}, "learning_rate = nan"), ({"epochs": 0}, "epochs = 0"),
-    ({"temperature": 0.0}, "temperature = 0"), ({"warmup": 2.0}, "warmup = 2.0"), ({"save_steps": 0}, "save_steps = 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"learning_rate": math.nan}, "learning_rate = nan"),
+        ({"epochs": 0}, "epochs = 0"),
+        ({"temperature": 0.0}, "temperature = 0"),
+        ({"warmup": 2.0}, "warmup = 2.0"),
+        ({"save_steps": 0}, "save_steps = 0"),
+    ],
+)
 def test_settings_out_of_range(demo, tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         stage(demo, "finetune", demo / "model", tmp_path, **change)
@@ -261,7 +320,9 @@ def test_pruning_options_out_of_range(demo, finetuned, tmp_path):
 
 
 def test_regression_stage(demo, tmp_path):
-    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "".join(f"the road {'a ' * i}\t{i / 10}\n" for i in range(20)))
+    (tmp_path / "train.tsv").write_text(
+        "text\tlabel\n" + "".join(f"the road {'a ' * i}\t{i / 10}\n" for i in range(20))
+    )
     (tmp_path / "dev.tsv").write_text((tmp_path / "train.tsv").read_text())
     source = Source(custom_task(None, None, None, True), tmp_path)
     settings = Settings(learning_rate=1e-3, epochs=3, batch_size=5)
@@ -291,4 +352,3 @@ def test_bf16_autocast_trains_thresholds_too(demo, finetuned, tmp_path):
     model.thresholds.requires_grad_(True)
     backward(model, examples(8), np.arange(8), "soft", Settings(), Process(precision="bf16"))
     assert model.thresholds.dtype == torch.float32 and (model.thresholds.grad != 0).all()
-
