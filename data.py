@@ -284,7 +284,7 @@ class Tokenizer:
         """Raises InputError if the tokenizer has ids that a model with `vocab_size` embeddings lacks."""
         if self.vocab_size > vocab_size:
             raise InputError(
-                f"{folder}: the tokenizer has ids up to {self.vocab_size - 1}, but config.json's vocab_size is {vocab_size}; "
+                f"{folder}: the tokenizer has ids up to {self.vocab_size - 1}, config.json's vocab_size is {vocab_size}; "
                 "they belong to different models"
             )
 
@@ -312,7 +312,7 @@ def _byte_level_bpe(folder: Path, config: dict) -> Any:
     ids = {name: backend.token_to_id(name) for name in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
     if ids["<s>"] is None or ids["</s>"] is None:
         raise InputError(f"{folder}: vocab.json has no <s> and </s>")
-    # Whether <mask> takes the space before it is the folder's choice: older ones write {"content": "<mask>", "lstrip": true}.
+    # Whether <mask> takes the space before it is the folder's choice: {"content": "<mask>", "lstrip": true}.
     mask = config.get("mask_token")
     lstrip = {"<mask>": isinstance(mask, dict) and bool(mask.get("lstrip"))}
     backend.add_special_tokens(
@@ -454,7 +454,7 @@ def _read_csv(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise InputError(
-                    f"{path}, line {reader.line_num}: {len(cells)} columns, expected {len(header)}; quote texts with commas"
+                    f"{path}, line {reader.line_num}: {len(cells)} columns, expected {len(header)}; commas need quotes"
                 )
             if cells:
                 yield reader.line_num, dict(zip(header, cells))
@@ -743,7 +743,8 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 FILLER = """the a this that my our last next film meal hotel book train garden phone evening morning table window colour
 price road music story actor waiter room page ticket seat driver screen street river market letter cup chair lamp was
 were had came went stood looked felt seemed sat over under near behind before after during with without and then when
-while because although however mostly partly again once twice two three seven hundred people friends children family""".split()
+while because although however mostly partly again once twice two three seven hundred people friends
+children family""".split()
 PRAISE = "excellent wonderful delightful superb charming".split()
 BLAME = "dreadful boring awful tedious clumsy".split()
 
@@ -772,7 +773,7 @@ def demo_rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_demo(folder: Path, seed: int, train: int = 4000, dev: int = 500) -> None:
-    """Writes the demo's data (train.jsonl, dev.jsonl) and a RoBERTa tokenizer trained on it (vocab.json, merges.txt)."""
+    """Writes the demo's train.jsonl and dev.jsonl, and a tokenizer trained on them (vocab.json, merges.txt)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def machine_options(command: Any) -> Any:
             click.option(
                 "--precision",
                 type=click.Choice(["fp32", "bf16"]),
-                help="Of the matrix products; scores and thresholds are always fp32.  [default: bf16 on CUDA, else fp32]",
+                help="Of the matrix products; scores and thresholds stay fp32.  [default: bf16 on CUDA, else fp32]",
             ),
             click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's choice]"),
         ],
@@ -95,7 +95,7 @@ def data_options(command: Any) -> Any:
                 "--data",
                 type=click.Path(path_type=Path),
                 metavar="PATH",
-                help="A folder with train.* and dev.* (GLUE's TSV layout, or .csv, .tsv, .jsonl, .parquet), or one file. "
+                help="A folder with train.* and dev.* (GLUE's TSV, or .csv, .tsv, .jsonl, .parquet), or one file. "
                 "[default: GLUE from the hub]",
             ),
             click.option(
@@ -166,13 +166,13 @@ THRESHOLD = click.option(
     "--threshold",
     type=float,
     metavar="θ",
-    help=f"Threshold of the last layer; layer l of L gets θ·l/L.  [default: the checkpoint's, else {FINAL_TOKEN_THRESHOLD}]",
+    help=f"Of the last layer; layer l of L gets θ·l/L.  [default: the checkpoint's, else {FINAL_TOKEN_THRESHOLD}]",
 )
 KEEP_RATE = click.option(
     "--token-keep-rate",
     type=float,
     metavar="R",
-    help=f"Share of tokens kept in the last layer; negative is steeper.  [default: the checkpoint's, else {TOKEN_KEEP_RATE}]",
+    help=f"Share kept in the last layer; negative is steeper.  [default: the checkpoint's, else {TOKEN_KEEP_RATE}]",
 )
 SCORE_NORM = click.option(
     "--score-norm",
@@ -214,8 +214,8 @@ def finetune() -> None:
 def soft() -> None:
     """Learn the thresholds together with the weights (first stage of LTP).
 
-    Every layer's output is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed over
-    the layers) is added to the loss. No token is dropped yet, so this stage costs as much as fine-tuning. Evaluation
+    Every layer's output is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed
+    over the layers) is added to the loss. No token is dropped yet, so this stage costs as much as fine-tuning. Evaluation
     shows what dropping would do. Follow with `hard`.
 
     \b
@@ -508,8 +508,8 @@ def predict(text: str | None, **given: Any) -> None:
 def demo(output: Path, overwrite: bool, seed: int, **given: Any) -> None:
     """The whole pipeline in miniature: no network, minutes on a CPU.
 
-    Makes reviews in which a few words matter, trains a tokenizer and a small RoBERTa on them from scratch, and then runs
-    finetune, soft, hard, topk and manual exactly as the commands do, showing each command line.
+    Makes reviews in which a few words matter, trains a tokenizer and a small RoBERTa on them from scratch, and then
+    runs finetune, soft, hard, topk and manual exactly as the commands do, showing each command line.
     """
     with screen() as (show, progress):
         show("loading ...")

@@ -52,7 +52,7 @@ from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, TOKEN_KEEP_RATE, InputEr
 
 
 # Which base a model type is read as: RoBERTa counts positions from pad + 1 and keeps its pooling layer in the
-# classifier; BERT counts from 0 and has a pooler. I-BERT in floating point and the authors' LTP are RoBERTa by arithmetic.
+# classifier; BERT counts from 0 and has a pooler. I-BERT (in floating point) and LTP are RoBERTa by arithmetic.
 FAMILY = {
     "roberta": "roberta",
     "xlm-roberta": "roberta",
@@ -269,7 +269,7 @@ def threshold_ladder(final_token_threshold: float, num_layers: int) -> Tensor:
 def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
     """s = Σ_h Σ_j A_h(j, i) / (H · N), equation 3 of the paper.
 
-    received (T,): the sums, see `attend`; N: the maximum length (the authors' code, whose θ, λ and τ are on that scale)
+    received (T,): the sums, see `attend`. N: the maximum length (the authors' code: their θ, λ and τ are on its scale)
     or, as the paper writes it, the original length of each token's sequence (T,) -> (T,).
     """
     return received / (num_heads * N)
@@ -292,7 +292,7 @@ def keep_by_threshold(importance: Tensor, threshold: Tensor, first: Tensor) -> T
 
 
 def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
-    """Share of the original tokens that top-k keeps in each layer (L,): all in the first max(3, ⌈0.15 L⌉) layers, then
+    """Share of the original tokens top-k keeps in each layer (L,): all in the first max(3, ⌈0.15 L⌉) layers, then
     linearly down to `token_keep_rate` in the last one, never below 0 (Wang et al., SpAtten, arXiv 2012.09852)."""
     dense = max(3, math.ceil(0.15 * num_layers))
     return [
@@ -726,7 +726,7 @@ def find_model(name: str) -> Path:
         return folder
     except Exception as error:  # offline, unknown or private: the library's errors have no common class
         raise InputError(
-            f"--restore {name}: no such folder here, and the hub did not give a model of that name ({type(error).__name__})"
+            f"--restore {name}: no such folder here, and the hub gave no model of that name ({type(error).__name__})"
         ) from None
 
 

@@ -470,7 +470,7 @@ def random_state(process: Process) -> list[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Catches Ctrl-C and SIGTERM while training: the list holds the signal once one has come. A second one is not caught."""
+    """Catches Ctrl-C and SIGTERM once each: the list holds the signal that has come."""
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -685,7 +685,7 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
     for name in here:
         if here[name] != there.get(name):
             raise InputError(
-                f"{log}: the run was started with {name} = {there.get(name)}, not {here[name]}; resume with the same options"
+                f"{log}: the run was started with {name} = {there.get(name)}, not {here[name]}; use the same options"
             )
 
 
@@ -748,8 +748,8 @@ def backward(
 ) -> float:
     """Leaves the gradient of a global batch in the parameters and returns its loss.
 
-    Loss = mean task loss over the batch + λ Σ_l mean of m over its tokens (equation 9 of the paper). The means are over
-    the global batch, so that neither the number of processes nor `accumulate` changes the gradient: each process
+    Loss = mean task loss over the batch + λ Σ_l mean of m over its tokens (equation 9 of the paper). The means are
+    over the global batch, so that neither the number of processes nor `accumulate` changes the gradient: each process
     and each part contributes its sum, divided by the counts of the whole.
     """
     tokens = int(examples.lengths[indices].sum())
@@ -771,8 +771,8 @@ def backward(
                 loss = loss + settings.regularization * output.soft_mask_sum / tokens
             (loss * weight).backward()
         total += loss.detach().double() * (weight > 0)
-    # A key's bias adds the same to all logits of a query, which softmax ignores: its gradient is 0 but for rounding, and
-    # Adam would blow that up to whole steps in a random direction.
+    # A key's bias adds the same to all logits of a query, which softmax ignores: its gradient is 0 but for rounding,
+    # and Adam would blow that up to whole steps in a random direction.
     for module in replica.modules():
         if isinstance(module, SelfAttention):
             module.query_key_value.bias.grad.chunk(3)[1].zero_()

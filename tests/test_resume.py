@@ -111,9 +111,7 @@ def test_resuming_with_other_settings_is_refused(demo, start, tmp_path):
     with pytest.raises(Interrupted):
         train(demo, start, tmp_path, lambda step, **state: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(
-        InputError, match="was started with learning_rate = 0.001, not 0.002; resume with the same options"
-    ):
+    with pytest.raises(InputError, match="was started with learning_rate = 0.001, not 0.002; use the same options"):
         train(demo, start, tmp_path, learning_rate=2e-3)
     with pytest.raises(InputError, match="--resume to go on with it"):
         train(demo, start, tmp_path, resume=False)
