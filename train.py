@@ -131,7 +131,15 @@ def start_process(
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart: without a prefix, workers meet dead ones.
+            port = int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False)
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        else:
+            dist.init_process_group(backend)
     torch.manual_seed(seed + rank)  # dropout differs from rank to rank
     return Process(rank, world, chosen, precision or ("bf16" if chosen.type == "cuda" else "fp32"))
 
@@ -1143,7 +1151,7 @@ def run_demo(
 
     source = Source(custom_task(None, None, None, False), data)
     plan = (
-        ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 4.0}, {}),
+        ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 6.0}, {}),
         (
             "soft",
             "finetune",

@@ -178,7 +178,7 @@ def kill_at_random_moments(demo, start, tmp_path, kills: int) -> None:
 
 
 def test_killed_at_random_moments(demo, start, tmp_path):
-    kill_at_random_moments(demo, start, tmp_path, 3)
+    kill_at_random_moments(demo, start, tmp_path, 2)
 
 
 @pytest.mark.slow
@@ -190,6 +190,7 @@ def torchrun(*options: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_restarted_and_the_result_is_the_same(demo, start, tmp_path):
     two = torchrun("--standalone", "--nproc-per-node", "2")
     finish(command(demo, start, tmp_path / "straight", *two))
@@ -209,6 +210,7 @@ def test_a_killed_worker_is_restarted_and_the_result_is_the_same(demo, start, tm
     same(tmp_path / "killed", tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_two_nodes_agree_with_one(demo, start, tmp_path):
     finish(command(demo, start, tmp_path / "one", *torchrun("--standalone", "--nproc-per-node", "2")))
     nodes = []
