@@ -51,7 +51,9 @@ def finetuned(demo, tmp_path_factory):
     return folder / "f"
 
 
-@pytest.mark.parametrize("stage", ["finetune", "soft", "manual", "topk"])
+@pytest.mark.parametrize(
+    "stage", ["soft", "manual", *(pytest.param(s, marks=pytest.mark.slow) for s in ("finetune", "topk"))]
+)
 def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
     for processes in (1, 2):
         launch(
