@@ -1151,19 +1151,18 @@ def run_demo(
 
     source = Source(custom_task(None, None, None, False), data)
     plan = (
-        ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 6.0}, {}),
+        ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 6.0}),
         (
             "soft",
             "finetune",
             {"learning_rate": 5e-4, "epochs": 2.0, "threshold_learning_rate": 1e-4, "regularization": 0.05},
-            {},
         ),
-        ("hard", "soft", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
-        ("topk", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
-        ("manual", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}, {}),
+        ("hard", "soft", {"learning_rate": 3e-4, "epochs": 1.0}),
+        ("topk", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}),
+        ("manual", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}),
     )
     rows = []
-    for stage, restore, changes, pruning in plan:
+    for stage, restore, changes in plan:
         settings = Settings(**(STAGES[stage] | changes | {"seed": seed}))
         flags = " ".join(
             f"{flag} {value}" for flag, value in (("--lr", settings.learning_rate), ("--epochs", settings.epochs))
@@ -1176,7 +1175,7 @@ def run_demo(
             folder / restore,
             source,
             settings,
-            PruningOptions(**pruning),
+            PruningOptions(),
             folder / stage,
             overwrite,
             process=process,
