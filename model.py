@@ -369,8 +369,8 @@ def attend(
     padding = q.new_zeros(b, 1, 1, n)  # added to the logits: -inf where there is no token
     if alive is not None:
         padding.masked_fill_(~alive[:, None, None], -math.inf)
-    logits = torch.baddbmm(padding.expand(b, H, 1, n).flatten(0, 1), q, k.mT, alpha=d**-0.5)
-    probs = logits.softmax(-1, dtype=torch.float32)  # (b · H, n, n)
+    probs = torch.baddbmm(padding.expand(b, H, 1, n).flatten(0, 1), q, k.mT, alpha=d**-0.5)  # logits (b · H, n, n)
+    probs = probs.softmax(-1, dtype=torch.float32)
     given = probs.unflatten(0, (b, H)).sum(1)  # (b, queries, keys)
     received = (given if alive is None else given * alive[:, :, None]).sum(1)
     probs = F.dropout(probs[:, :1] if cls_only else probs, dropout)

@@ -182,7 +182,7 @@ def make_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
             }
         )
     # Adam's epsilon is an absolute size, and the thresholds' gradients are of any size.
-    return torch.optim.AdamW(groups, eps=1e-8, fused=next(model.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, eps=1e-8, fused=True)
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -1,4 +1,7 @@
-"""Time of a training step in each stage beside a dense one and transformers': same batches, in turn, one run.
+"""Time of a training step in each stage beside a dense one and transformers', in turn, in one run.
+
+transformers takes its steps twice: on our batches, which hold texts of similar length, and on batches drawn at random,
+as its Trainer does by default. Times are medians over the steps, by token: batches differ in how many they hold.
 
     python -m pip install -r benchmarks/requirements.txt
     python benchmarks/steps.py --restore CKPT --task MRPC --data glue/
@@ -40,7 +43,9 @@ def main(restore, task, data, batch_size, steps, token_keep_rate, json_file) -> 
     task = find_task(task)
     tokenizer = Tokenizer(restore)
     train_set = load_examples(Source(task, data), "train", tokenizer, 128)[0][""]
-    batches = epoch_batches(train_set.lengths, batch_size, 42, 0)[: steps + 2]
+    batches = [part for part in epoch_batches(train_set.lengths, batch_size, 42, 0) if len(part) == batch_size]
+    batches = batches[: steps + 2]
+    drawn = np.random.default_rng(42).permutation(len(train_set))[: len(batches) * batch_size].reshape(-1, batch_size)
     settings = Settings(learning_rate=0.0, threshold_learning_rate=0.0, batch_size=batch_size)
     runs: dict[str, Callable[[np.ndarray], None]] = {}
     models = {}
@@ -80,19 +85,22 @@ def main(restore, task, data, batch_size, steps, token_keep_rate, json_file) -> 
         their_optimizer.step()
         their_optimizer.zero_grad(set_to_none=True)
 
-    runs["transformers SDPA, padded to the longest"] = padded_step
+    runs["transformers SDPA, the same batches"] = padded_step
+    runs["transformers SDPA, random batches"] = padded_step
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number, indices in enumerate(batches):
         for name, run in runs.items():
+            chosen = drawn[number] if name.endswith("random batches") else indices
             start = time.perf_counter()
-            run(indices)
+            run(chosen)
             if number >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / train_set.lengths[chosen].sum())
 
     dense = float(np.median(times["dense"]))
     rows = []
     for name, values in times.items():
-        row = {"stage": name, "seconds": float(np.median(values)), "time_over_dense": float(np.median(values)) / dense}
+        value = float(np.median(values))
+        row = {"stage": name, "microseconds_per_token": 1e6 * value, "time_over_dense": value / dense}
         if name in ("hard", "topk"):
             model, pruning = models[name]
             used = full = 0
@@ -102,12 +110,12 @@ def main(restore, task, data, batch_size, steps, token_keep_rate, json_file) -> 
                     lengths = torch.from_numpy(train_set.lengths[indices])
                     used += int(macs(model.config, lengths, kept).sum())
                     full += int(macs(model.config, lengths, lengths.expand(len(kept), -1)).sum())
-            row |= {"flops_reduction": full / used, "flops_to_time": dense / row["seconds"] * used / full}
+            row |= {"flops_reduction": full / used, "flops_to_time": dense / value * used / full}
         rows.append(row)
         tail = (
             f"  {row['flops_reduction']:.2f}x fewer FLOPs, into time {row['flops_to_time']:.2f}" if len(row) > 3 else ""
         )
-        click.echo(f"{name:42}{row['seconds']:8.3f} s  {row['time_over_dense']:.2f} of dense{tail}")
+        click.echo(f"{name:42}{row['microseconds_per_token']:8.1f} us/token  {row['time_over_dense']:.2f} of dense{tail}")
     if json_file:
         record = {"rows": rows, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads()}
         write_file(json_file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
