@@ -115,7 +115,9 @@ def main(restore, task, data, batch_size, steps, token_keep_rate, json_file) -> 
         tail = (
             f"  {row['flops_reduction']:.2f}x fewer FLOPs, into time {row['flops_to_time']:.2f}" if len(row) > 3 else ""
         )
-        click.echo(f"{name:42}{row['microseconds_per_token']:8.1f} us/token  {row['time_over_dense']:.2f} of dense{tail}")
+        click.echo(
+            f"{name:42}{row['microseconds_per_token']:8.1f} us/token  {row['time_over_dense']:.2f} of dense{tail}"
+        )
     if json_file:
         record = {"rows": rows, "batch_size": batch_size, "steps": steps, "threads": torch.get_num_threads()}
         write_file(json_file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
