@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from dataclasses import fields
@@ -28,12 +29,22 @@ class Program(click.Group):
             failure = click.ClickException(str(error))
             failure.exit_code = 2
             raise failure from None
+        except RuntimeError as error:
+            # What the others see when one process of several fails: they have nothing to add to its error.
+            if not re.search("connection (closed|reset|refused)|aborted", str(error), re.IGNORECASE) or not distributed():
+                raise
+            raise click.ClickException("stopped, because another process failed: see its error") from None
         except Interrupted as error:
             click.echo(str(error), err=True)
             ctx.exit(128 + error.number)
         finally:
-            if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+            if distributed():
                 sys.modules["torch"].distributed.destroy_process_group()
+
+
+def distributed() -> bool:
+    """Whether this is one process of several; without importing torch for it."""
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
 def spelling(name: str) -> str:

@@ -64,7 +64,7 @@ def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
             "--restore",
             finetuned,
             "--lr",
-            "2e-4",
+            "5e-5",
             "--bs",
             15,
             "--epochs",

@@ -253,5 +253,9 @@ def test_a_full_disk_is_said_and_costs_nothing(demo, start, tmp_path):
 
         load_model(disk / "run")  # the checkpoint of the first evaluation is whole
         assert not list((disk / "run").rglob("*.new")) and not list((disk / "run").rglob(".*"))
+        # The main process of two meets the full disk; the other stops with it, without a traceback of its own.
+        two = torchrun("--standalone", "--nproc-per-node", "2")
+        stderr = finish(command(demo, start, disk / "two", *two), code=1)
+        assert "could not be written" in stderr and "another process failed" in stderr and "[rank" not in stderr
     finally:
         subprocess.run(["umount", str(disk)])
