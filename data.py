@@ -71,6 +71,21 @@ class Settings:
         "--save-step",
         type=int,
     )
+    target_flops: float | None = setting(
+        None,
+        "Prune to this share of the dense FLOPs, such as 0.5: λ (soft), the thresholds' scale (hard, manual) or the keep "
+        "rate (topk) is found while training.",
+        type=float,
+    )
+    temperature_end: float | None = setting(
+        None, "Let τ fall to this value by the end, so that soft and hard decisions come to agree.", type=float
+    )
+    mask_floor: float = setting(
+        0.0, "Drop tokens in soft training too, once their soft mask is below this: faster, and closer to `hard`."
+    )
+    distill_weight: float = setting(
+        0.5, "With --distill: weight of the teacher's answers in the loss; the labels have the rest."
+    )
     load_best: bool = setting(
         True, "Keep the checkpoint with the best score, or the last one.", "--load-best/--no-load", " /--no-load-best"
     )
@@ -582,6 +597,7 @@ class Examples:
     lengths: np.ndarray  # (N,) tokens
     labels: np.ndarray  # (N,) class ids, or scores
     truncated: int  # how many were cut
+    teacher: np.ndarray | None = None  # (N, C) logits of the model to learn from, in distillation
 
     def __len__(self) -> int:
         return len(self.lengths)

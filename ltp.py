@@ -31,7 +31,10 @@ class Program(click.Group):
             raise failure from None
         except RuntimeError as error:
             # What the others see when one process of several fails: they have nothing to add to its error.
-            if not re.search("connection (closed|reset|refused)|aborted", str(error), re.IGNORECASE) or not distributed():
+            if (
+                not re.search("connection (closed|reset|refused)|aborted", str(error), re.IGNORECASE)
+                or not distributed()
+            ):
                 raise
             raise click.ClickException("stopped, because another process failed: see its error") from None
         except Interrupted as error:
@@ -134,7 +137,15 @@ restore_option = click.option(
 )
 
 # Settings that only mean something where thresholds are learned.
-SOFT_ONLY = {"regularization", "temperature", "threshold_learning_rate", "threshold_weight_decay"}
+SOFT_ONLY = {
+    "regularization",
+    "temperature",
+    "temperature_end",
+    "mask_floor",
+    "threshold_learning_rate",
+    "threshold_weight_decay",
+}
+PRUNED_ONLY = {"target_flops", "distill_weight"}
 
 
 def settings_options(stage: str) -> Any:
@@ -143,7 +154,7 @@ def settings_options(stage: str) -> Any:
     def decorate(command: Any) -> Any:
         options = []
         for setting in fields(Settings):
-            if setting.name in SOFT_ONLY and stage != "soft":
+            if setting.name in SOFT_ONLY and stage != "soft" or setting.name in PRUNED_ONLY and stage == "finetune":
                 continue
             metadata = dict(setting.metadata)
             help, flags = metadata.pop("help"), metadata.pop("flags") or (f"--{setting.name.replace('_', '-')}",)
@@ -193,6 +204,13 @@ SCORE_NORM = click.option(
 )
 
 
+DISTILL = click.option(
+    "--distill",
+    metavar="CKPT",
+    help="Learn from the answers of this model too, usually the unpruned fine-tuned one.",
+)
+
+
 def stage_command(stage: str, *extra: Any) -> Any:
     """Registers a training stage: its options, and the call."""
 
@@ -221,7 +239,7 @@ def finetune() -> None:
     """
 
 
-@stage_command("soft", THRESHOLD, SCORE_NORM)
+@stage_command("soft", THRESHOLD, SCORE_NORM, DISTILL)
 def soft() -> None:
     """Learn the thresholds together with the weights (first stage of LTP).
 
@@ -236,7 +254,7 @@ def soft() -> None:
     """
 
 
-@stage_command("hard")
+@stage_command("hard", DISTILL)
 def hard() -> None:
     """Drop tokens by the learned thresholds, now frozen, and adapt the weights (second stage of LTP).
 
@@ -250,7 +268,7 @@ def hard() -> None:
     """
 
 
-@stage_command("topk", KEEP_RATE)
+@stage_command("topk", KEEP_RATE, DISTILL)
 def topk() -> None:
     """Baseline: keep a fixed share of each text's tokens in each layer, the highest scores (SpAtten's schedule).
 
@@ -263,7 +281,7 @@ def topk() -> None:
     """
 
 
-@stage_command("manual", THRESHOLD, SCORE_NORM)
+@stage_command("manual", THRESHOLD, SCORE_NORM, DISTILL)
 def manual() -> None:
     """Baseline: fixed thresholds θ·l/L that are never learned, tokens dropped from the start.
 
@@ -299,6 +317,7 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
             process,
             show,
             progress,
+            find_model(given["distill"]) if given.get("distill") else None,
         )
     if process.main:
         evaluation_table([(stage, result.best)])

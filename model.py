@@ -519,7 +519,7 @@ class Output(NamedTuple):
     """What the model returns."""
 
     logits: Tensor  # (B, labels)
-    kept: Tensor  # (L, B) int64, tokens of each sequence leaving each layer
+    kept: Tensor  # (L, B) tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
     soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
     hidden: (
         Tensor | None
@@ -564,6 +564,7 @@ class Model(nn.Module):
         lengths: Tensor,
         pruning: str | None = None,
         temperature: float | None = None,
+        mask_floor: float = 0.0,
         per_token: bool = False,
         trace: bool = False,
     ) -> Output:
@@ -572,6 +573,7 @@ class Model(nn.Module):
         token_ids, segment_ids, positions (T,): the sequences one after the other; positions count from 0 in each.
         lengths (B,): their lengths, each at least 1.
         pruning: "none", "soft" (needs `temperature`), "hard" or "topk"; default: what the configuration says.
+        mask_floor: tokens whose soft mask falls below it are dropped in soft pruning too.
         per_token: also return each token's last hidden state, pruned tokens' included, in the order given.
         trace: also return every layer's scores and decisions.
         """
@@ -584,6 +586,7 @@ class Model(nn.Module):
         kept, traces, soft_mask_sum = [], [], None
         tokens = torch.arange(len(token_ids), device=token_ids.device)  # which of the T tokens are still here
         dropped_tokens, dropped_states = [], []
+        survival = 1.0  # soft pruning: the product of a token's masks so far
 
         x = self.embeddings(token_ids, segment_ids, positions)
         for index, layer in enumerate(self.layers):
@@ -608,6 +611,11 @@ class Model(nn.Module):
                 if pruning == "soft":
                     mask = soft_mask(scores, self.thresholds[index], temperature, first)
                     soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
+                    survival = survival * mask
+                    soft_count = mask.new_zeros(len(lengths)).index_add(0, sequence_ids(lengths), survival)
+                    if mask_floor:
+                        keep = mask >= mask_floor
+                        mask, survival = mask[keep], survival[keep]
                 elif pruning == "hard" and prunes:
                     keep = keep_by_threshold(scores, self.thresholds[index], first)
                 elif pruning == "topk" and prunes:
@@ -628,7 +636,7 @@ class Model(nn.Module):
                 lengths = sum_by_sequence(keep, lengths)
             elif prunes and pruning == "topk":
                 lengths = topk_counts(original_lengths, rates[index])
-            kept.append(lengths)
+            kept.append(soft_count if pruning == "soft" else lengths)
 
             x = layer.feed_forward_block(x)
             if pruning == "soft":
@@ -675,7 +683,7 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator | None 
 def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out summed over the layers.
 
-    lengths (B,) and kept (L, B), int64 -> (B,) int64; 2 FLOPs each. The formula of the authors' release with the true
+    lengths (B,) and kept (L, B), int64 -> (B,) int64; 2 FLOPs each. Differentiable where `kept` is soft. The formula of the authors' release with the true
     feed-forward width: it follows the pruning rule alone, so embeddings, head and the last layer's saving do not count.
     The dense model's are those with `kept` equal to `lengths` in every layer.
     """

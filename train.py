@@ -60,6 +60,8 @@ from model import (
     macs,
     save_model,
     threshold_ladder,
+    topk_counts,
+    topk_rates,
     write_file,
 )
 
@@ -189,6 +191,21 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
     """The learning rate at `step` (from 0) as a share of its peak: linear up over warmup · steps, linear down to 0."""
     rising = max(1, round(steps * warmup))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+
+
+DISTILL_TEMPERATURE = 2.0
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """How far answers are from the teacher's, summed over examples: (B, C) twice -> ().
+
+    Kullback-Leibler divergence at temperature 2, times its square (Hinton et al., arXiv 1503.02531); for regression
+    squared error.
+    """
+    if logits.size(1) == 1:
+        return F.mse_loss(logits.float(), teacher, reduction="sum")
+    soft = [(x.float() / DISTILL_TEMPERATURE).log_softmax(-1) for x in (logits, teacher)]
+    return DISTILL_TEMPERATURE**2 * F.kl_div(*soft, reduction="sum", log_target=True)
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -428,6 +445,92 @@ def synchronize(process: Process) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Budgets: pruning to a share of the dense FLOPs
+
+BUDGET_MARGIN = 0.03  # a checkpoint that takes this much more than its target is not kept as the best one
+
+
+class Budget:
+    """Steers λ in soft training until the soft masks take `target` of the dense FLOPs.
+
+    A proportional-integral controller on the distance from an aim that falls linearly from 1 to the target over the
+    first half of the steps: pruned faster than that, the weights cannot follow. A negative λ asks for more tokens.
+    """
+
+    def __init__(self, target: float, steps: int):
+        self.target, self.steps = target, steps
+        self.integral = 0.0  # a resumed run needs it
+
+    def regularization(self, step: int, relative: float) -> float:
+        """The λ of the step after `step` (from 0), whose batch took `relative` of its dense FLOPs."""
+        error = relative - (1 + (self.target - 1) * min(1.0, 2 * step / self.steps))
+        self.integral = min(max(self.integral + 0.1 * error, -1.0), 10.0)
+        return self.integral + 10 * error
+
+
+@torch.inference_mode()
+def scale_thresholds(model: Model, examples: Examples, target: float, process: Process, count: int = 256) -> float:
+    """Multiplies the thresholds by the factor with which `count` of the examples take `target` of the dense FLOPs.
+
+    The factor is found by bisection, pruning as inference does, and returned.
+    """
+    model.eval()
+    chosen = np.random.default_rng(0).permutation(len(examples))[:count]
+    chosen = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
+    batches = [examples.batch(chosen[i : i + 64]).to(process.device) for i in range(0, len(chosen), 64)]
+    lengths = torch.cat([batch.lengths for batch in batches])
+    start = model.thresholds.clone()
+
+    def prunes_enough(factor: float) -> bool:
+        model.thresholds.copy_(start * factor)
+        with process.autocast():
+            kept = torch.cat([model(*batch, pruning="hard").kept for batch in batches], 1)
+        return relative_flops(model.config, lengths, kept) <= target
+
+    low, high = 0.0, 1.0
+    while not prunes_enough(high) and high < 1000:
+        low, high = high, 2 * high
+    for _ in range(9):
+        middle = (low + high) / 2
+        low, high = (low, middle) if prunes_enough(middle) else (middle, high)
+    prunes_enough(high)
+    return high
+
+
+def rate_for_budget(config: Config, lengths: Tensor, target: float) -> float:
+    """The token_keep_rate with which top-k takes `target` of the dense FLOPs of sequences (B,). Raises: InputError."""
+    L = config.num_hidden_layers
+
+    def relative(rate: float) -> float:
+        kept = [lengths if share == 1 else topk_counts(lengths, share) for share in topk_rates(rate, L)]
+        return relative_flops(config, lengths, torch.stack(kept))
+
+    low, high = -float(L), 1.0
+    if relative(low) > target:
+        raise InputError(
+            f"--target-flops {target}: top-k does not prune the first layers, and cannot go below {relative(low):.3f} here"
+        )
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if relative(middle) <= target else (low, middle)
+    return low
+
+
+def relative_flops(config: Config, lengths: Tensor, kept: Tensor) -> float:
+    """FLOPs of sequences (B,) of which `kept` (L, B) tokens leave the layers, as a share of the dense model's."""
+    return float(macs(config, lengths, kept).sum() / macs(config, lengths, lengths.expand(len(kept), -1)).sum())
+
+
+def ask_teacher(folder: Path, source: Source, labels: tuple[str, ...], process: Process, batch_size: int) -> np.ndarray:
+    """A dense model's logits (N, C) of the training examples, tokenized as it wants them. Raises: InputError."""
+    tokenizer, config = Tokenizer(folder), load_config(folder)
+    tokenizer.check_fits(config.vocab_size, folder)
+    examples = load_examples(source, "train", tokenizer, length_limit(config, folder, None), labels)[0][""]
+    teacher = load_model(folder, labels or config.labels).model.to(process.device).pack()
+    return predict_examples(teacher, examples, process, batch_size, "none")[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 RUN_FILES = ("config.json", "model.safetensors", "log.jsonl", *Tokenizer.FILES)
@@ -572,8 +675,13 @@ def train(
     save_steps = settings.save_steps or steps_per_epoch
 
     done, best, losses, elapsed = 0, None, [], 0.0  # all that a resumed run needs besides weights and optimizer
+    budget = Budget(settings.target_flops, steps) if settings.target_flops and pruning == "soft" else None
+    regularization = 0.0 if budget else settings.regularization
     if state:
         done, best, losses, elapsed = state["step"], state["best"], state["losses"], state["elapsed"]
+        regularization = state["regularization"]
+        if budget:
+            budget.integral = state["integral"]
         optimizer.load_state_dict(state["optimizer"])
         if len(state["random"]) == process.world:
             torch.set_rng_state(state["random"][process.rank]["cpu"])
@@ -615,6 +723,8 @@ def train(
                     "best": best,
                     "losses": losses,
                     "elapsed": elapsed + time.perf_counter() - started,
+                    "regularization": regularization,
+                    "integral": budget and budget.integral,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "random": random,
@@ -629,12 +739,20 @@ def train(
             for group, peak in zip(optimizer.param_groups, peak_rates):
                 group["lr"] = peak * rate_factor(done, steps, settings.warmup)
             model.train()
-            loss = backward(replica, train_set, indices, pruning, settings, process)
+            fall = (settings.temperature_end or settings.temperature) / settings.temperature
+            now = replace(
+                settings, temperature=settings.temperature * fall ** (done / steps), regularization=regularization
+            )
+            loss, relative = backward(replica, train_set, indices, pruning, now, process)
+            if budget:
+                regularization = budget.regularization(done, relative)
             norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
             if model.thresholds.grad is not None:
                 norm += float(model.thresholds.grad.norm())
             check_finite(loss + norm, done + 1, output, best)
             optimizer.step()
+            if pruning == "soft":
+                model.thresholds.data.clamp_(min=0.0)  # below 0 the sigmoid is flat: no way back
             optimizer.zero_grad(set_to_none=True)
             done += 1
             losses.append(loss)
@@ -644,6 +762,8 @@ def train(
             )
 
             if done % save_steps == 0 or done == steps:
+                if settings.target_flops and (pruning == "hard" or budget and done == steps):
+                    scale_thresholds(model, train_set, settings.target_flops, process)
                 evaluation = evaluate(model, dev_sets, metric, process, settings.batch_size)
                 check_finite(evaluation.loss, done, output, best)
                 record = {
@@ -651,6 +771,7 @@ def train(
                     "step": done,
                     "epoch": done / steps_per_epoch,
                     "train_loss": sum(losses) / len(losses),
+                    **({"soft_relative_flops": relative, "lambda": regularization} if pruning == "soft" else {}),
                     **asdict(evaluation),
                     "thresholds": model.thresholds.tolist()
                     if model.config.prune_mode == "absolute_threshold"
@@ -659,6 +780,9 @@ def train(
                 }
                 losses = []
                 saved = best is None or not settings.load_best or evaluation.score > best["score"]
+                if best and settings.target_flops:
+                    over = [r["relative_flops"] > settings.target_flops + BUDGET_MARGIN for r in (best, record)]
+                    saved = over[0] if over[0] != over[1] else saved
                 best = record if saved else best
                 if process.main:
                     if saved:
@@ -742,12 +866,21 @@ def check_settings(settings: Settings) -> None:
         ("regularization", 0),
         ("threshold_weight_decay", 0),
         ("seed", 0),
+        ("mask_floor", 0),
+        ("distill_weight", 0),
     ):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= low):
             raise InputError(f"{name} = {value}: expected {'more than 0' if 0 < low < 1 else f'at least {low}'}")
     if settings.save_steps is not None and settings.save_steps < 1:
         raise InputError(f"save_steps = {settings.save_steps}: expected at least 1")
+    for name, high in (("target_flops", 1), ("temperature_end", math.inf)):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value <= high:
+            raise InputError(f"{name} = {value}: expected more than 0" + (" and at most 1" if high == 1 else ""))
+    for name, high in (("mask_floor", 0.5), ("distill_weight", 1)):
+        if getattr(settings, name) > high:
+            raise InputError(f"{name} = {getattr(settings, name)}: expected at most {high}")
     if settings.warmup > 1:
         raise InputError(f"warmup = {settings.warmup}: is a share of the steps, expected 0 to 1")
 
@@ -768,15 +901,19 @@ def backward(
     pruning: str,
     settings: Settings,
     process: Process,
-) -> float:
-    """Leaves the gradient of a global batch in the parameters and returns its loss.
+) -> tuple[float, float]:
+    """Leaves the gradient of a global batch in the parameters; returns its loss and, in soft pruning, relative FLOPs.
 
-    Loss = mean task loss over the batch + λ Σ_l mean of m over its tokens (equation 9 of the paper). The means are
-    over the global batch, so that neither the number of processes nor `accumulate` changes the gradient: each process
-    and each part contributes its sum, divided by the counts of the whole.
+    Loss = mean task loss over the batch + λ Σ_l mean of m over its tokens (equation 9 of the paper); with a target,
+    λ · relative FLOPs of the soft masks instead. The means are over the global batch, so that neither the number of
+    processes nor `accumulate` changes the gradient: each process and each part contributes its sum, divided by the
+    counts of the whole.
     """
-    tokens = int(examples.lengths[indices].sum())
-    total = torch.zeros((), dtype=torch.float64, device=process.device)
+    config = getattr(replica, "module", replica).config
+    lengths = torch.from_numpy(examples.lengths[indices])
+    tokens = int(lengths.sum())
+    dense = int(macs(config, lengths, lengths.expand(config.num_hidden_layers, -1)).sum())
+    total = torch.zeros(2, dtype=torch.float64, device=process.device)
     parts = np.array_split(indices, min(settings.accumulate, len(indices)))
     for i, part in enumerate(parts):
         share = part[process.rank :: process.world]
@@ -788,18 +925,27 @@ def backward(
         wait = process.world > 1 and i + 1 < len(parts)
         with replica.no_sync() if wait else contextlib.nullcontext():
             with process.autocast():
-                output = replica(*batch, pruning=pruning, temperature=settings.temperature)
-            loss = task_loss(output.logits, labels) / len(indices)
+                output = replica(
+                    *batch, pruning=pruning, temperature=settings.temperature, mask_floor=settings.mask_floor
+                )
+            loss, relative = task_loss(output.logits, labels) / len(indices), 0.0
+            if examples.teacher is not None:
+                teacher = torch.from_numpy(examples.teacher[share]).to(process.device)
+                taught = distillation_loss(output.logits, teacher) / len(indices)
+                loss = (1 - settings.distill_weight) * loss + settings.distill_weight * taught
             if pruning == "soft":
-                loss = loss + settings.regularization * output.soft_mask_sum / tokens
+                relative = macs(config, batch.lengths, output.kept).sum() / dense
+                asked = relative if settings.target_flops else output.soft_mask_sum / tokens
+                loss = loss + settings.regularization * asked
             (loss * weight).backward()
-        total += loss.detach().double() * (weight > 0)
+        total += torch.stack([loss, torch.as_tensor(relative, device=loss.device)]).detach().double() * (weight > 0)
     # A key's bias adds the same to all logits of a query, which softmax ignores: its gradient is 0 but for rounding,
     # and Adam would blow that up to whole steps in a random direction.
     for module in replica.modules():
         if isinstance(module, SelfAttention):
             module.query_key_value.bias.grad.chunk(3)[1].zero_()
-    return float(process.sum(total))
+    loss, relative = process.sum(total).tolist()
+    return loss, relative
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -843,6 +989,7 @@ def run_stage(
     process: Process = Process(),
     show: Callable[[str], Any] = lambda line: None,
     progress: Callable[..., Any] = lambda **state: None,
+    distill: Path | None = None,
 ) -> tuple[Path, Result]:
     """Runs "finetune", "soft", "hard", "topk" or "manual" on the model folder `restore`.
 
@@ -889,6 +1036,17 @@ def run_stage(
         notes.append(f"the thresholds {how}")
 
     train_set = train_sets[""]
+    if settings.target_flops:
+        if stage == "topk":
+            rate = rate_for_budget(model.config, torch.from_numpy(train_set.lengths), settings.target_flops)
+            model.config = replace(model.config, token_keep_rate=rate)
+            notes.append(f"a token keep rate of {rate:.3f} meets the target")
+        elif stage != "soft":
+            factor = scale_thresholds(model.to(process.device), train_set, settings.target_flops, process)
+            notes.append(f"the thresholds are multiplied by {factor:.3f} to meet the target")
+    if distill:
+        show("asking the teacher ...")
+        train_set.teacher = ask_teacher(distill, source, labels, process, settings.batch_size)
     for note in notes:
         show(f"note: {note}")
     for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
@@ -900,6 +1058,7 @@ def run_stage(
         "task": source.task.name,
         "data": str(source.path),
         "restore": str(restore),
+        "distill": str(distill) if distill else None,
         **asdict(options),
     }
     result = train(

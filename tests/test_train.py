@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,19 @@ import torch
 from conftest import random_sequences, small_model
 
 from data import Examples, InputError, Settings, Source, custom_task, find_task
-from model import load_model, save_model, threshold_ladder
+from model import (
+    keep_by_threshold,
+    load_model,
+    macs,
+    save_model,
+    sequence_starts,
+    sum_by_sequence,
+    threshold_ladder,
+    topk_counts,
+    topk_rates,
+)
 from train import (
+    Budget,
     Predictor,
     Process,
     PruningOptions,
@@ -20,13 +32,16 @@ from train import (
     check_output,
     clear_output,
     default_output,
+    distillation_loss,
     evaluate,
     known_labels,
     make_optimizer,
     measure_speed,
     predict_examples,
     rate_factor,
+    rate_for_budget,
     run_stage,
+    scale_thresholds,
     sorted_batches,
     task_loss,
 )
@@ -72,9 +87,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(pruning):
     model.thresholds.data = threshold_ladder(0.01, 5)
     model.thresholds.requires_grad_(pruning == "soft")
     data, indices = examples(13), np.arange(13)
-    whole = backward(model, data, indices, pruning, Settings(accumulate=1), Process())
+    whole, _ = backward(model, data, indices, pruning, Settings(accumulate=1), Process())
     one = gradients(model)
-    parts = backward(model, data, indices, pruning, Settings(accumulate=4), Process())
+    parts, _ = backward(model, data, indices, pruning, Settings(accumulate=4), Process())
     other = gradients(model)
     assert parts == pytest.approx(whole, abs=1e-6) and one.keys() == other.keys()
     for name in one:
@@ -90,7 +105,7 @@ def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks():
         task_loss(output.logits, torch.from_numpy(data.labels)) / 6 + 0.3 * output.soft_mask_sum / data.lengths.sum()
     )
     settings = Settings(regularization=0.3, temperature=1e-3)
-    assert backward(model, data, indices, "soft", settings, Process()) == pytest.approx(float(expected), rel=1e-6)
+    assert backward(model, data, indices, "soft", settings, Process())[0] == pytest.approx(float(expected), rel=1e-6)
     assert 0 < float(output.soft_mask_sum) < 5 * data.lengths.sum()
 
 
@@ -136,12 +151,19 @@ def test_speed_is_measured_for_both():
 
 
 def stage(
-    demo: Path, name: str, restore: Path, output: Path, options=PruningOptions(), show=lambda line: None, **settings
+    demo: Path,
+    name: str,
+    restore: Path,
+    output: Path,
+    options=PruningOptions(),
+    show=lambda line: None,
+    distill=None,
+    **settings,
 ):
     source = Source(custom_task(None, None, None, False), demo / "data")
     settings = Settings(**{"learning_rate": 1e-3, "epochs": 1.0, "batch_size": 16, "load_best": False} | settings)
     torch.manual_seed(settings.seed)
-    return run_stage(name, restore, source, settings, options, output, show=show)
+    return run_stage(name, restore, source, settings, options, output, show=show, distill=distill)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +201,102 @@ def test_baselines(demo, finetuned, tmp_path):
     )
     manual = load_model(tmp_path / "manual").model
     assert torch.equal(manual.thresholds, threshold_ladder(0.02, 4)) and manual.config.score_norm == "length"
+
+
+# ---- budgets and distillation ----
+
+
+def test_soft_flops_are_the_formula_on_soft_counts_and_move_every_threshold():
+    model = small_model(prune_mode="absolute_threshold")
+    model.thresholds.data = threshold_ladder(0.01, 5)
+    model.thresholds.requires_grad_()
+    batch = examples(6).batch(range(6))
+    output = model(*batch, pruning="soft", temperature=1e-3)
+    macs(model.config, batch.lengths, output.kept).sum().backward()
+    assert (model.thresholds.grad < 0).all()  # a higher threshold anywhere means fewer FLOPs
+    # With a very small temperature the soft counts are those of the hard decision, were nothing ever dropped.
+    with torch.no_grad():
+        sharp = model(*batch, pruning="soft", temperature=1e-9, trace=True)
+    alive = torch.ones(len(batch.token_ids), dtype=torch.bool)
+    for l, layer in enumerate(sharp.trace):
+        alive &= keep_by_threshold(layer.importance, model.thresholds[l], sequence_starts(batch.lengths))
+        assert sharp.kept[l].tolist() == sum_by_sequence(alive, batch.lengths).tolist()
+
+
+def test_a_mask_floor_drops_what_the_soft_mask_has_nearly_dropped():
+    model = small_model(prune_mode="absolute_threshold")
+    model.thresholds.data = threshold_ladder(0.01, 5)
+    batch = examples(6).batch(range(6))
+    with torch.no_grad():
+        # A floor below every mask changes nothing; at a very small temperature any floor gives the hard model.
+        plain, low = (model(*batch, pruning="soft", temperature=1e-3, mask_floor=floor) for floor in (0.0, 1e-30))
+        torch.testing.assert_close(low.logits, plain.logits)
+        sharp = model(*batch, pruning="soft", temperature=1e-9, mask_floor=0.01)
+        hard = model(*batch, pruning="hard")
+    assert torch.equal(sharp.kept.long(), hard.kept) and int(hard.kept[-1].sum()) < len(batch.token_ids)
+    torch.testing.assert_close(sharp.logits, hard.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_budget_lets_lambda_rise_while_too_much_is_kept_and_fall_below():
+    budget = Budget(0.5, steps=10)
+    assert budget.regularization(0, 1.0) == 0.0  # the aim starts at 1 ...
+    rising = [budget.regularization(9, 0.8) for _ in range(3)]  # ... and is 0.5 in the second half
+    assert rising == pytest.approx([3.03, 3.06, 3.09])
+    assert budget.regularization(9, 0.4) < 0 < budget.regularization(9, 0.5)
+
+
+def test_thresholds_are_scaled_to_a_budget():
+    model = small_model(prune_mode="absolute_threshold")
+    model.thresholds.data = threshold_ladder(1e-4, 5)
+    data = examples(64)
+    for target in (0.7, 0.4):
+        factor = scale_thresholds(model, data, target, Process())
+        torch.testing.assert_close(model.thresholds / model.thresholds[0], torch.arange(1.0, 6))
+        found = evaluate(model, {"": data}, "accuracy", Process()).relative_flops
+        assert target - 0.03 < found <= target and factor > 1
+
+
+def test_topk_rates_for_a_budget():
+    config, lengths = small_model().config, torch.tensor([40, 17, 23])
+    rate = rate_for_budget(config, lengths, 0.85)
+    kept = torch.stack([topk_counts(lengths, share) for share in topk_rates(rate, 5)])
+    dense = macs(config, lengths, lengths.expand(5, -1)).sum()
+    assert 0.82 < float(macs(config, lengths, kept).sum() / dense) <= 0.85
+    with pytest.raises(InputError, match="top-k does not prune the first layers, and cannot go below 0.740"):
+        rate_for_budget(config, lengths, 0.2)
+
+
+def test_distillation_loss_by_hand():
+    logits, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    p = 1 / (1 + math.exp(-1))  # at temperature 2
+    expected = 4 * (0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p)))
+    assert float(distillation_loss(logits, teacher)) == pytest.approx(expected)
+    assert float(distillation_loss(teacher, teacher)) == 0
+    assert float(distillation_loss(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [1.0]]))) == 4
+
+
+@pytest.mark.parametrize("name, target", [("soft", 0.5), ("manual", 0.5), ("topk", 0.95)])
+def test_a_stage_meets_its_budget(demo, finetuned, tmp_path, name, target):
+    options = PruningOptions(final_token_threshold=None if name == "topk" else 0.005)
+    _, result = stage(demo, name, finetuned, tmp_path, options, target_flops=target)
+    assert result.best["relative_flops"] == pytest.approx(target, abs=0.05)  # on 41 texts of the evaluation set
+
+
+def test_with_the_teacher_alone_the_labels_do_not_matter(demo, finetuned, tmp_path):
+    weights = {}
+    for labels in ("right", "wrong"):
+        folder = tmp_path / labels / "data"
+        folder.mkdir(parents=True)
+        for split in ("train", "dev"):
+            text = (demo / "data" / f"{split}.jsonl").read_text()
+            if labels == "wrong":
+                swap = {'"positive"': '"negative"', '"negative"': '"positive"'}
+                text = re.sub("|".join(swap), lambda found: swap[found[0]], text)
+            (folder / f"{split}.jsonl").write_text(text)
+        run = tmp_path / labels / "run"
+        stage(folder.parent, "manual", finetuned, run, distill=finetuned, distill_weight=1.0, epochs=0.5)
+        weights[labels] = load_model(run).model.head.output.weight
+    assert torch.equal(weights["right"], weights["wrong"])
 
 
 def test_hard_needs_thresholds(demo, finetuned, tmp_path):
@@ -248,7 +366,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(demo, tmp
 
     real, steps = module.backward, []
     monkeypatch.setattr(
-        module, "backward", lambda *args: steps.append(real(*args)) or (math.nan if len(steps) == 4 else steps[-1])
+        module,
+        "backward",
+        lambda *args: steps.append(real(*args)) or ((math.nan, 1.0) if len(steps) == 4 else steps[-1]),
     )
     with pytest.raises(
         InputError, match="step 4: the loss is not finite any more; lower the learning rate. The last good checkpoint"
@@ -301,6 +421,11 @@ def test_a_head_with_the_tasks_labels_in_another_order_is_permuted(tmp_path):
         ({"temperature": 0.0}, "temperature = 0"),
         ({"warmup": 2.0}, "warmup = 2.0"),
         ({"save_steps": 0}, "save_steps = 0"),
+        ({"target_flops": 0.0}, "target_flops = 0.0"),
+        ({"target_flops": 1.5}, "target_flops = 1.5"),
+        ({"mask_floor": 0.7}, "mask_floor = 0.7"),
+        ({"distill_weight": 1.1}, "distill_weight = 1.1"),
+        ({"temperature_end": -1.0}, "temperature_end = -1.0"),
     ],
 )
 def test_settings_out_of_range(demo, tmp_path, change, message):
