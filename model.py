@@ -672,16 +672,21 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator | None 
 # FLOPs
 
 
-def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
-    """Multiply-accumulates of each sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out summed over the layers.
+def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
+    """Multiply-accumulates of each layer and sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out.
 
-    lengths (B,) and kept (L, B), int64 -> (B,) int64; 2 FLOPs each. The formula of the authors' release with the true
+    lengths (B,) and kept (L, B), int64 -> (L, B) int64; 2 FLOPs each. The formula of the authors' release with the true
     feed-forward width: it follows the pruning rule alone, so embeddings, head and the last layer's saving do not count.
     The dense model's are those with `kept` equal to `lengths` in every layer.
     """
     D, F = config.hidden_size, config.intermediate_size
     entering = torch.cat([lengths[None], kept[:-1]])
-    return (4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept).sum(0)
+    return 4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept
+
+
+def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
+    """`layer_macs` summed over the layers: (B,) int64."""
+    return layer_macs(config, lengths, kept).sum(0)
 
 
 def last_layer_saving(config: Config, entering: Tensor, kept: Tensor, scored: bool) -> Tensor:

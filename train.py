@@ -1001,7 +1001,7 @@ def evaluate_checkpoint(
 
 
 class Predictor:
-    """Answers records {"text"}, {"text", "text_pair"} or {"token_ids"} with label, logits and tokens kept a layer."""
+    """Answers records {"text"}, {"text", "text_pair"} or {"token_ids"}: label, logits, tokens, and those kept a layer."""
 
     def __init__(self, folder: Path, process: Process, batch_size: int, max_length: int | None, dense: bool):
         self.folder, self.process, self.batch_size = folder, process, batch_size
@@ -1064,7 +1064,7 @@ class Predictor:
             for i, logits, kept in zip(part, output.logits.float().tolist(), output.kept.T.tolist()):
                 labels = self.model.config.labels
                 label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
-                answers[i] = {"label": label, "logits": logits, "kept": kept}
+                answers[i] = {"label": label, "logits": logits, "tokens": len(encoded[i][0]), "kept": kept}
         return answers
 
 
