@@ -80,7 +80,7 @@ def relative_importance(scores: list[float | None]) -> list[float]:
 
     Attention is spread very unevenly; the square root keeps the middle apart from the bottom.
     """
-    highest = max((score for score in scores[1:] if score is not None), default=0.0) or 1.0
+    highest = max((score for score in scores[1:] if score is not None), default=scores[0]) or 1.0
     return [min(1.0, math.sqrt((score or 0.0) / highest)) for score in scores]
 
 
@@ -93,7 +93,8 @@ def print_example(example: dict[str, Any], console: Any) -> None:
     from rich.text import Text
 
     tokens = example["tokens"]
-    table = Table(show_edge=False, pad_edge=False, title_justify="left", padding=(0, 1))
+    wraps = sum(map(len, tokens)) + len(tokens) + 24 > console.width
+    table = Table(show_edge=False, pad_edge=False, leading=int(wraps))
     for name in ("layer", "tokens", "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("text", ratio=1)
@@ -125,7 +126,7 @@ def colour_style(share: float) -> str:
     """Black on a blue that grows stronger with `share` (0 to 1): readable on light and on dark terminals."""
     pale, strong = (226, 236, 244), (66, 165, 227)
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(pale, strong))
-    return f"black on #{red:02x}{green:02x}{blue:02x}"
+    return f"#000000 on #{red:02x}{green:02x}{blue:02x}"
 
 
 def page(examples: list[dict[str, Any]], model: dict[str, Any]) -> str:
@@ -195,12 +196,15 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """The runs, each named by what its path has not in common with the others'. Raises: InputError."""
-    places = [Path(os.path.abspath(path)) for path in paths]
-    common = os.path.commonpath([place.parent for place in places])
-    return [
-        read_run(path, re.sub(r"\.jsonl?$", "", os.path.relpath(place, common))) for path, place in zip(paths, places)
-    ]
+    """The runs, each named by as much of the end of its path as tells it from the others. Raises: InputError."""
+    parts = [Path(re.sub(r"\.jsonl?$", "", os.path.abspath(path))).parts for path in paths]
+    names = [os.path.join(*place) for place in parts]
+    for count in range(1, max(map(len, parts))):
+        short = [os.path.join(*place[-count:]) for place in parts]
+        if len(set(short)) == len(set(names)):
+            names = short
+            break
+    return [read_run(path, name) for path, name in zip(paths, names)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,6 +241,8 @@ def plot_curves(runs: list[Run]) -> Any:
     thresholds over the layers."""
     runs = needing(runs, lambda run: run.evaluations and "step" in run.evaluations[0], "run folders")
     figure, panels = new_figure(2, 2, 5.2, 3.4)
+    from matplotlib import colormaps
+
     for panel, (key, title) in zip(
         panels, (("train_loss", "training loss"), ("score", "score"), ("relative_flops", "relative FLOPs"))
     ):
@@ -251,10 +257,8 @@ def plot_curves(runs: list[Run]) -> Any:
         steps = [record["step"] for record in runs[0].evaluations]
         layers = list(zip(*(record["thresholds"] for record in runs[0].evaluations)))
         for l, values in enumerate(layers, 1):
-            shade = 0.85 * (l - 1) / max(1, len(layers) - 1)  # blue to yellow, short of what white swallows
-            from matplotlib import colormaps
-
-            last.plot(steps, values, color=colormaps["cividis"](shade), label=f"layer {l}", marker="o", markersize=3)
+            shade = colormaps["cividis"](0.85 * (l - 1) / max(1, len(layers) - 1))  # blue to yellow, none too pale
+            last.plot(steps, values, color=shade, label=f"layer {l}", marker="o", markersize=3)
         last.set(title="thresholds", xlabel="step")
         last.legend(fontsize="x-small", ncols=2 if len(layers) > 6 else 1, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
@@ -265,7 +269,7 @@ def plot_curves(runs: list[Run]) -> Any:
         last.xaxis.get_major_locator().set_params(integer=True)
     if len(runs) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(runs)), frameon=False)
     return figure
 
 
@@ -293,24 +297,27 @@ def plot_kept(runs: list[Run]) -> Any:
 
 def plot_lengths(runs: list[Run]) -> Any:
     """How many tokens leave the last layer against how many entered the first: a heat map of a `predict` file's texts."""
-    from matplotlib.colors import LogNorm
-
     runs = needing(runs, lambda run: run.kept is not None, "answers of `predict`")
     columns = min(3, len(runs))
     figure, panels = new_figure(math.ceil(len(runs) / columns), columns, 5.0, 4.2)
+    from matplotlib.colors import LogNorm
+
     longest = int(max(run.lengths.max() for run in runs))
     most = int(max(run.kept[:, -1].max() for run in runs))
     edges = [np.arange(0.5, top + math.ceil(top / 40) + 0.5, math.ceil(top / 40)) for top in (longest, most)]
     counts = [np.histogram2d(run.lengths, run.kept[:, -1], edges)[0] for run in runs]
-    norm = LogNorm(1, max(2, max(count.max() for count in counts)))
+    highest = max(2, max(count.max() for count in counts))
+    norm = LogNorm(0.4, highest)  # from below 1: a single text is to be seen on white
     for panel, run, count in zip(panels, runs, counts):
-        mesh = panel.pcolormesh(*edges, np.ma.masked_equal(count.T, 0), norm=norm, cmap="cividis_r")
+        mesh = panel.pcolormesh(*edges, np.ma.masked_equal(count.T, 0), norm=norm, cmap="Blues")
         panel.plot([0, edges[1][-1]], [0, edges[1][-1]], color="#888888", linestyle="--", linewidth=1)
         panel.set(title=run.name, xlim=(0, edges[0][-1]), ylim=(0, edges[1][-1]))
         panel.set(xlabel="tokens of the text", ylabel="tokens leaving the last layer")
+        panel.yaxis.get_major_locator().set_params(integer=True)
     for panel in panels[len(runs) :]:
         panel.set_visible(False)
-    figure.colorbar(mesh, ax=panels, label="texts")
+    bar = figure.colorbar(mesh, ax=panels, label="texts", format="{x:g}")
+    bar.ax.set_ylim(1, highest)
     return figure
 
 
