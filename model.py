@@ -753,6 +753,33 @@ def tensor_names(name: str, family: str) -> list[str]:
     return [theirs.replace("{query,key,value}", part) for part in parts] if "{" in theirs else [theirs]
 
 
+def release_thresholds(tensors: dict[str, Tensor], config: Config, folder: Path) -> Tensor | None:
+    """Takes the thresholds of a folder that the authors' release wrote out of its `tensors`; None where it has none.
+
+    Their layers hold learned offsets to a ladder that counts layers from 0, θ_l = θ_final · l / L + keep_threshold_l.
+    Returns (L,). Raises: InputError for a layer without one, and a folder that does not tell θ_final.
+    """
+    found = {}
+    for name in tensors:
+        place = re.search(r"\bencoder\.layer\.(\d+)\..*\bkeep_threshold$", name)
+        if place:
+            found[int(place[1])] = name
+    if not found:
+        return None
+    if sorted(found) != list(range(config.num_hidden_layers)):
+        raise InputError(f"{folder}: has {found[max(found)]}, but not one keep_threshold for each layer")
+    final = config.other.get("final_token_threshold")
+    if final is None:
+        raise InputError(
+            f"{folder}/config.json: final_token_threshold is missing, from which the thresholds are offsets"
+        )
+    for name in found.values():
+        if tensors[name].numel() != 1 or not tensors[name].isfinite().all():
+            raise InputError(f"{folder}: the tensor {name} is not one finite number")
+    offsets = torch.stack([tensors.pop(found[l]).float().flatten()[0] for l in range(len(found))])
+    return final * torch.arange(len(found)) / len(found) + offsets
+
+
 class Loaded(NamedTuple):
     """What `load_model` returns."""
 
@@ -885,6 +912,10 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     elif len(labels) > 1 and not config.labels[0].startswith("LABEL_"):
         notes.append(f"the classification head for {', '.join(config.labels)} now stands for {', '.join(labels)}")
     config = replace(config, labels=labels)
+    if THRESHOLDS not in tensors:
+        theirs = release_thresholds(tensors, config, folder)
+        if theirs is not None:
+            tensors[THRESHOLDS] = theirs
     has_thresholds = THRESHOLDS in tensors
     if config.prune_mode == "absolute_threshold" and not has_thresholds:
         notes.append(
