@@ -119,7 +119,10 @@ def data_options(command: Any) -> Any:
 
 
 restore_option = click.option(
-    "--restore", required=True, metavar="CKPT", help="Model folder (Hugging Face layout), or a name on the hub."
+    "--restore",
+    required=True,
+    metavar="CKPT",
+    help="Model folder (Hugging Face layout), or a name on the hub (name@revision).",
 )
 
 # Settings that only mean something where thresholds are learned.
@@ -435,7 +438,7 @@ def bench(**given: Any) -> None:
 
 @main.command()
 @click.argument("text", required=False)
-@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub.")
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
 @click.option("--pair", metavar="TEXT", help="The second text, for a task on pairs.")
 @click.option(
     "--input",
@@ -493,7 +496,7 @@ def predict(text: str | None, **given: Any) -> None:
 
 @main.command()
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
-@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub.")
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
 @click.option(
     "--pair", "pairs", metavar="TEXT", multiple=True, help="The second text, for a task on pairs: one a TEXT."
 )

@@ -791,21 +791,23 @@ class Loaded(NamedTuple):
 def find_model(name: str) -> Path:
     """The folder of a model: `name` itself, or the copy of a hub model in the local cache, fetched at need.
 
-    Raises: InputError if it is neither.
+    A hub name may say which revision, a branch, tag or commit: "name@revision". Raises: InputError if it is neither.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    on_hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", name)
+    if Path(name).exists() or not on_hub:
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
         wanted = ["*.json", "*.txt", "model*.safetensors"]
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(on_hub[1], revision=on_hub[2], allow_patterns=wanted))
         if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+            wanted.append("pytorch_model*.bin")
+            folder = Path(snapshot_download(on_hub[1], revision=on_hub[2], allow_patterns=wanted))
         return folder
     except Exception as error:  # offline, unknown or private: the library's errors have no common class
         raise InputError(
-            f"--restore {name}: no such folder here, and the hub gave no model of that name ({type(error).__name__})"
+            f"--restore {name}: no such folder here, and the hub gave no model of that name{' and revision' if on_hub[2] else ''} ({type(error).__name__})"
         ) from None
 
 
