@@ -163,6 +163,12 @@ output_options = [
         is_flag=True,
         help="Go on with the interrupted run that the output folder holds; without one, start.",
     ),
+    click.option(
+        "--tensorboard",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Write losses, scores, FLOPs and thresholds for TensorBoard, too (needs tensorboard).",
+    ),
 ]
 THRESHOLD = click.option(
     "--final-token-threshold",
@@ -291,6 +297,7 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
             process,
             show,
             progress,
+            given["tensorboard"],
         )
     if process.main:
         evaluation_table([(stage, result.best)])

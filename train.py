@@ -510,6 +510,39 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def find_tensorboard() -> Any:
+    """TensorBoard's writer of event files. Raises: InputError where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise InputError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard") from None
+    return SummaryWriter
+
+
+@contextlib.contextmanager
+def event_board(folder: Path | None, step: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A function that writes named numbers of a step to `folder`, over those that a run wrote there after `step`."""
+    if folder is None:
+        yield lambda step, values: None
+        return
+    with find_tensorboard()(str(folder), purge_step=step + 1) as writer:
+
+        def write(step: int, values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield write
+
+
+def board_values(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation, by the names they get in TensorBoard."""
+    values = {f"evaluation/{name}": value for name, value in record["metrics"].items()}
+    values |= {f"evaluation/{name}": record[name] for name in ("score", "loss", "relative_flops")}
+    for name in ("kept", "thresholds"):
+        values |= {f"{name}/layer_{l:02d}": value for l, value in enumerate(record[name] or [], 1)}
+    return values
+
+
 @dataclass
 class Result:
     """What a training run leaves behind."""
@@ -533,6 +566,7 @@ def train(
     progress: Callable[..., Any] = lambda **state: None,
     header: dict[str, Any] | None = None,
     resume: bool = False,
+    tensorboard: Path | None = None,
 ) -> Result:
     """Trains one stage and leaves a checkpoint folder at `output`, with the log of its evaluations in log.jsonl.
 
@@ -540,6 +574,7 @@ def train(
     Evaluation always prunes as inference will: after soft training that is hard.
     show, progress: called with a line for each evaluation and with the state of each step.
     resume: go on from the last state that was saved in `output`; from the beginning where there is none.
+    tensorboard: a folder for TensorBoard's event files.
     Raises: InputError when loss or gradient are no longer finite (the last good checkpoint stays), or when the run to
     be resumed had other settings; Interrupted after a signal.
     """
@@ -623,7 +658,7 @@ def train(
 
     times = []
     started = time.perf_counter()
-    with stop_signals() as signals:
+    with stop_signals() as signals, event_board(tensorboard if process.main else None, done) as board:
         for indices in training_batches(train_set, settings, done, steps):
             step_started = time.perf_counter()
             for group, peak in zip(optimizer.param_groups, peak_rates):
@@ -639,6 +674,7 @@ def train(
             done += 1
             losses.append(loss)
             times.append(time.perf_counter() - step_started)
+            board(done, {"train/loss": loss, "train/learning_rate": optimizer.param_groups[0]["lr"]})
             progress(
                 step=done, steps=steps, loss=loss, score=best and best["score"], flops=best and best["relative_flops"]
             )
@@ -664,6 +700,7 @@ def train(
                     if saved:
                         save_model(output, model)
                     append(log, record | {"saved": saved})
+                board(done, board_values(record))
                 show(describe(record, saved and settings.load_best))
                 if done < steps:
                     save()
@@ -843,6 +880,7 @@ def run_stage(
     process: Process = Process(),
     show: Callable[[str], Any] = lambda line: None,
     progress: Callable[..., Any] = lambda **state: None,
+    tensorboard: Path | None = None,
 ) -> tuple[Path, Result]:
     """Runs "finetune", "soft", "hard", "topk" or "manual" on the model folder `restore`.
 
@@ -862,6 +900,8 @@ def run_stage(
     output = output or default_output(stage, restore, source.task, replace(config, **changes), settings)
     check_settings(settings)
     check_output(output, overwrite, resume)
+    if tensorboard:
+        find_tensorboard()  # before anything is read
     if output.resolve() == Path(restore).resolve():
         raise InputError(f"--output {output}: is the checkpoint to start from; choose another")
     best = finished(output / "log.jsonl") if resume else None
@@ -916,6 +956,7 @@ def run_stage(
         progress,
         header,
         resume,
+        tensorboard,
     )
     return output, result
 
