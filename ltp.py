@@ -400,6 +400,7 @@ def eval_command(**given: Any) -> None:
     metavar="FILE",
     help="Write the figures there too.",
 )
+@click.option("--card", is_flag=True, help="Add the figures to the checkpoint's model card, README.md.")
 @machine_options
 def bench(**given: Any) -> None:
     """Measure a checkpoint's speed: pruned beside dense, in turn in one run, medians after a warm-up.
@@ -421,10 +422,14 @@ def bench(**given: Any) -> None:
     if lengths and min(lengths) < 1:
         raise click.UsageError(f"--lengths {given['lengths']}: expected whole numbers of at least 1, with commas")
     source = None if lengths else make_source(given)
+    from card import add_speed, check_card
     from model import find_model, write_file
     from train import bench_checkpoint, start_process
 
     process = start_process(given["device"], given["precision"], given["threads"], given["seed"])
+    folder = find_model(given["restore"])
+    if given["card"]:
+        check_card(folder)
     result = bench_checkpoint(
         find_model(given["restore"]),
         source,
@@ -441,6 +446,8 @@ def bench(**given: Any) -> None:
     speed_table(result)
     if given["json_file"]:
         write_file(given["json_file"], lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    if given["card"]:
+        add_speed(folder, result)
 
 
 @main.command()

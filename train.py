@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from card import is_ours, write_card
 from data import (
     STAGES,
     Batch,
@@ -448,6 +449,8 @@ def check_output(folder: Path, overwrite: bool, resume: bool) -> None:
 
 def clear_output(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else."""
+    if is_ours(folder / "README.md"):
+        (folder / "README.md").unlink(missing_ok=True)
     for path in [*(folder / name for name in RUN_FILES), *(folder / STATES).glob("step-*.pt")]:
         path.unlink(missing_ok=True)
 
@@ -699,6 +702,7 @@ def train(
                 if process.main:
                     if saved:
                         save_model(output, model)
+                        write_card(output, model.config, header, record)
                     append(log, record | {"saved": saved})
                 board(done, board_values(record))
                 show(describe(record, saved and settings.load_best))
