@@ -431,7 +431,7 @@ def bench(**given: Any) -> None:
     if given["card"]:
         check_card(folder)
     result = bench_checkpoint(
-        find_model(given["restore"]),
+        folder,
         source,
         lengths,
         given["examples"],
@@ -562,6 +562,36 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
             print_example(example, console if console.is_terminal else Console(width=160, highlight=False))
     if predictor.truncated:
         click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
+
+
+@main.command("export")
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
+@click.option(
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The .onnx file to write.",
+)
+@click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
+def export_command(restore: str, output: Path, dense: bool) -> None:
+    """Write a checkpoint as ONNX that drops tokens inside the graph, for one text at a time.
+
+    \b
+    python ltp.py export --restore CKPT --output model.onnx
+
+    Inputs are input_ids (1, tokens) and, for models that tell segments apart, token_type_ids; outputs are logits
+    (1, labels) and kept (layers), the tokens leaving each layer. The file is compared with the model in ONNX Runtime,
+    on several lengths, before it is left in place. Needs onnx and onnxscript, and onnxruntime to compare.
+    """
+    from export import export_model
+    from model import find_model, load_model, write_file
+
+    changes = {"prune_mode": None} if dense else {}
+    model = load_model(find_model(restore), **changes).model
+    told = []
+    write_file(output, lambda path: told.append(export_model(model, path)))
+    click.echo(f"{output}: {told[0]}")
 
 
 @main.command()
