@@ -14,7 +14,20 @@ from ltp import main
 from model import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("demo", "finetune", "soft", "hard", "topk", "manual", "eval", "bench", "predict")
+COMMANDS = (
+    "demo",
+    "finetune",
+    "soft",
+    "hard",
+    "topk",
+    "manual",
+    "eval",
+    "bench",
+    "predict",
+    "inspect",
+    "plot",
+    "export",
+)
 
 
 def run(*args, code: int = 0):
