@@ -517,7 +517,7 @@ def find_tensorboard() -> Any:
     """TensorBoard's writer of event files. Raises: InputError where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError:
+    except ImportError:  # not installed, or too old
         raise InputError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard") from None
     return SummaryWriter
 
