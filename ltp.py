@@ -133,7 +133,10 @@ def data_options(command: Any) -> Any:
 
 
 restore_option = click.option(
-    "--restore", required=True, metavar="CKPT", help="Model folder (Hugging Face layout), or a name on the hub."
+    "--restore",
+    required=True,
+    metavar="CKPT",
+    help="Model folder (Hugging Face layout), or a name on the hub (name@revision).",
 )
 
 # Settings that only mean something where thresholds are learned.
@@ -181,6 +184,12 @@ output_options = [
         "--resume",
         is_flag=True,
         help="Go on with the interrupted run that the output folder holds; without one, start.",
+    ),
+    click.option(
+        "--tensorboard",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Write losses, scores, FLOPs and thresholds for TensorBoard, too (needs tensorboard).",
     ),
 ]
 THRESHOLD = click.option(
@@ -317,6 +326,7 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
             process,
             show,
             progress,
+            given["tensorboard"],
             find_model(given["distill"]) if given.get("distill") else None,
         )
     if process.main:
@@ -420,6 +430,7 @@ def eval_command(**given: Any) -> None:
     metavar="FILE",
     help="Write the figures there too.",
 )
+@click.option("--card", is_flag=True, help="Add the figures to the checkpoint's model card, README.md.")
 @machine_options
 def bench(**given: Any) -> None:
     """Measure a checkpoint's speed: pruned beside dense, in turn in one run, medians after a warm-up.
@@ -441,12 +452,16 @@ def bench(**given: Any) -> None:
     if lengths and min(lengths) < 1:
         raise click.UsageError(f"--lengths {given['lengths']}: expected whole numbers of at least 1, with commas")
     source = None if lengths else make_source(given)
+    from card import add_speed, check_card
     from model import find_model, write_file
     from train import bench_checkpoint, start_process
 
     process = start_process(given["device"], given["precision"], given["threads"], given["seed"])
+    folder = find_model(given["restore"])
+    if given["card"]:
+        check_card(folder)
     result = bench_checkpoint(
-        find_model(given["restore"]),
+        folder,
         source,
         lengths,
         given["examples"],
@@ -461,11 +476,13 @@ def bench(**given: Any) -> None:
     speed_table(result)
     if given["json_file"]:
         write_file(given["json_file"], lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    if given["card"]:
+        add_speed(folder, result)
 
 
 @main.command()
 @click.argument("text", required=False)
-@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub.")
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
 @click.option("--pair", metavar="TEXT", help="The second text, for a task on pairs.")
 @click.option(
     "--input",
@@ -497,7 +514,7 @@ def predict(text: str | None, **given: Any) -> None:
     python ltp.py predict --restore CKPT "a gripping, funny film"
     python ltp.py predict --restore CKPT --input texts.jsonl --output answers.jsonl
 
-    An answer is {"label": …, "logits": […], "kept": [tokens leaving each layer]}.
+    An answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}.
     """
     if (text is None) == (given["input_file"] is None):
         raise click.UsageError("pass either TEXT or --input FILE")
@@ -519,6 +536,132 @@ def predict(text: str | None, **given: Any) -> None:
         click.echo(f"{count:,} lines answered", err=True)
     if predictor.truncated:
         click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
+
+
+@main.command()
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
+@click.option(
+    "--pair", "pairs", metavar="TEXT", multiple=True, help="The second text, for a task on pairs: one a TEXT."
+)
+@click.option(
+    "--html",
+    "html_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page to look at instead: one file, no network.",
+)
+@click.option(
+    "--max-length",
+    "max_seq_length",
+    type=click.IntRange(2),
+    help="Cut texts to this many tokens.  [default: the checkpoint's]",
+)
+@machine_options
+def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> None:
+    """Show which tokens of TEXT survive which layer, and what pruned and dense model answer.
+
+    \b
+    python ltp.py inspect --restore CKPT "a gripping, funny film"
+    python ltp.py inspect --restore CKPT --html look.html "a gripping, funny film" "not worth the ticket"
+
+    Survivors are the stronger coloured the more attention they receive, dropped tokens are dimmed (dots, where the
+    output has no colours). FLOPs are a layer's, relative to the dense model's.
+    """
+    if pairs and len(pairs) != len(texts):
+        raise click.UsageError(f"{len(texts)} TEXT and {len(pairs)} --pair: pass one --pair for each TEXT, or none")
+    from rich.console import Console
+
+    from look import examine, page, print_example
+    from model import find_model, write_file
+    from train import Predictor, start_process
+
+    process = start_process(given["device"], given["precision"], given["threads"])
+    predictor = Predictor(find_model(given["restore"]), process, 1, given["max_seq_length"], dense=False)
+    records = [{"text": text} for text in texts]
+    for record, pair in zip(records, pairs):
+        record["text_pair"] = pair
+    examples = examine(predictor, [(f"TEXT {number}", record) for number, record in enumerate(records, 1)])
+    if given["html_file"]:
+        html = page(examples, {"name": given["restore"], "pruning": predictor.model.pruning})
+        write_file(given["html_file"], lambda path: path.write_text(html, encoding="utf-8"))
+        click.echo(f"{given['html_file']}: open it in a browser")
+    else:
+        console = Console(highlight=False)
+        for example in examples:
+            print_example(example, console if console.is_terminal else Console(width=160, highlight=False))
+    if predictor.truncated:
+        click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
+
+
+@main.command("export")
+@click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
+@click.option(
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The .onnx file to write.",
+)
+@click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
+def export_command(restore: str, output: Path, dense: bool) -> None:
+    """Write a checkpoint as ONNX that drops tokens inside the graph, for one text at a time.
+
+    \b
+    python ltp.py export --restore CKPT --output model.onnx
+
+    Inputs are input_ids (1, tokens) and, for models that tell segments apart, token_type_ids; outputs are logits
+    (1, labels) and kept (layers), the tokens leaving each layer. The file is compared with the model in ONNX Runtime,
+    on several lengths, before it is left in place. Needs onnx and onnxscript, and onnxruntime to compare.
+    """
+    from export import export_model
+    from model import find_model, load_model, write_file
+
+    changes = {"prune_mode": None} if dense else {}
+    model = load_model(find_model(restore), **changes).model
+    told = []
+    write_file(output, lambda path: told.append(export_model(model, path)))
+    click.echo(f"{output}: {told[0]}")
+
+
+@main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A .png or .svg file.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["curves", "kept", "lengths", "tradeoff"]),
+    help="What to draw.  [default: curves of one run, tradeoff of several, lengths of answers]",
+)
+def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
+    """Draw runs: their folders, results of `eval --json`, or answers of `predict --output`.
+
+    \b
+    curves     loss, score, relative FLOPs and thresholds over the steps      run folders
+    tradeoff   accuracy against relative FLOPs                                run folders, eval results
+    kept       share of the tokens left after each layer                      all; of answers with its spread
+    lengths    tokens leaving the last layer against tokens of the text       answers
+
+    \b
+    python ltp.py plot --output curves.svg m/soft
+    python ltp.py plot --output tradeoff.png m/dense m/hard m/topk m/manual
+
+    Needs matplotlib.
+    """
+    format = output.suffix.lower()[1:]
+    if format not in ("png", "svg"):
+        raise click.UsageError(f"--output {output}: expected a name that ends in .png or .svg")
+    from look import PLOTS, natural_kind, read_runs, save_figure
+    from model import write_file
+
+    found = read_runs(list(runs))
+    figure = PLOTS[kind or natural_kind(found)](found)
+    write_file(output, lambda path: save_figure(figure, path, format))
 
 
 @main.command()

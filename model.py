@@ -680,16 +680,21 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator | None 
 # FLOPs
 
 
-def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
-    """Multiply-accumulates of each sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out summed over the layers.
+def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
+    """Multiply-accumulates of each layer and sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out.
 
-    lengths (B,) and kept (L, B), int64 -> (B,) int64; 2 FLOPs each. Differentiable where `kept` is soft. The formula of the authors' release with the true
+    lengths (B,) and kept (L, B), int64 -> (L, B) int64; 2 FLOPs each. The formula of the authors' release with the true
     feed-forward width: it follows the pruning rule alone, so embeddings, head and the last layer's saving do not count.
-    The dense model's are those with `kept` equal to `lengths` in every layer.
+    The dense model's are those with `kept` equal to `lengths` in every layer. Soft counts give a differentiable result.
     """
     D, F = config.hidden_size, config.intermediate_size
     entering = torch.cat([lengths[None], kept[:-1]])
-    return (4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept).sum(0)
+    return 4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept
+
+
+def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
+    """`layer_macs` summed over the layers: (B,) int64."""
+    return layer_macs(config, lengths, kept).sum(0)
 
 
 def last_layer_saving(config: Config, entering: Tensor, kept: Tensor, scored: bool) -> Tensor:
@@ -756,6 +761,33 @@ def tensor_names(name: str, family: str) -> list[str]:
     return [theirs.replace("{query,key,value}", part) for part in parts] if "{" in theirs else [theirs]
 
 
+def release_thresholds(tensors: dict[str, Tensor], config: Config, folder: Path) -> Tensor | None:
+    """Takes the thresholds of a folder that the authors' release wrote out of its `tensors`; None where it has none.
+
+    Their layers hold learned offsets to a ladder that counts layers from 0, θ_l = θ_final · l / L + keep_threshold_l.
+    Returns (L,). Raises: InputError for a layer without one, and a folder that does not tell θ_final.
+    """
+    found = {}
+    for name in tensors:
+        place = re.search(r"\bencoder\.layer\.(\d+)\..*\bkeep_threshold$", name)
+        if place:
+            found[int(place[1])] = name
+    if not found:
+        return None
+    if sorted(found) != list(range(config.num_hidden_layers)):
+        raise InputError(f"{folder}: has {found[max(found)]}, but not one keep_threshold for each layer")
+    final = config.other.get("final_token_threshold")
+    if final is None:
+        raise InputError(
+            f"{folder}/config.json: final_token_threshold is missing, from which the thresholds are offsets"
+        )
+    for name in found.values():
+        if tensors[name].numel() != 1 or not tensors[name].isfinite().all():
+            raise InputError(f"{folder}: the tensor {name} is not one finite number")
+    offsets = torch.stack([tensors.pop(found[l]).float().flatten()[0] for l in range(len(found))])
+    return final * torch.arange(len(found)) / len(found) + offsets
+
+
 class Loaded(NamedTuple):
     """What `load_model` returns."""
 
@@ -767,21 +799,23 @@ class Loaded(NamedTuple):
 def find_model(name: str) -> Path:
     """The folder of a model: `name` itself, or the copy of a hub model in the local cache, fetched at need.
 
-    Raises: InputError if it is neither.
+    A hub name may say which revision, a branch, tag or commit: "name@revision". Raises: InputError if it is neither.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    on_hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", name)
+    if Path(name).exists() or not on_hub:
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
         wanted = ["*.json", "*.txt", "model*.safetensors"]
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = Path(snapshot_download(on_hub[1], revision=on_hub[2], allow_patterns=wanted))
         if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+            wanted.append("pytorch_model*.bin")
+            folder = Path(snapshot_download(on_hub[1], revision=on_hub[2], allow_patterns=wanted))
         return folder
     except Exception as error:  # offline, unknown or private: the library's errors have no common class
         raise InputError(
-            f"--restore {name}: no such folder here, and the hub gave no model of that name ({type(error).__name__})"
+            f"--restore {name}: no such folder here, and the hub gave no model of that name{' and revision' if on_hub[2] else ''} ({type(error).__name__})"
         ) from None
 
 
@@ -888,6 +922,10 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     elif len(labels) > 1 and not config.labels[0].startswith("LABEL_"):
         notes.append(f"the classification head for {', '.join(config.labels)} now stands for {', '.join(labels)}")
     config = replace(config, labels=labels)
+    if THRESHOLDS not in tensors:
+        theirs = release_thresholds(tensors, config, folder)
+        if theirs is not None:
+            tensors[THRESHOLDS] = theirs
     has_thresholds = THRESHOLDS in tensors
     if config.prune_mode == "absolute_threshold" and not has_thresholds:
         notes.append(

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from card import is_ours, write_card
 from data import (
     STAGES,
     Batch,
@@ -551,6 +552,8 @@ def check_output(folder: Path, overwrite: bool, resume: bool) -> None:
 
 def clear_output(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else."""
+    if is_ours(folder / "README.md"):
+        (folder / "README.md").unlink(missing_ok=True)
     for path in [*(folder / name for name in RUN_FILES), *(folder / STATES).glob("step-*.pt")]:
         path.unlink(missing_ok=True)
 
@@ -613,6 +616,39 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def find_tensorboard() -> Any:
+    """TensorBoard's writer of event files. Raises: InputError where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # not installed, or too old
+        raise InputError("--tensorboard needs tensorboard, which is not installed: pip install tensorboard") from None
+    return SummaryWriter
+
+
+@contextlib.contextmanager
+def event_board(folder: Path | None, step: int) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A function that writes named numbers of a step to `folder`, over those that a run wrote there after `step`."""
+    if folder is None:
+        yield lambda step, values: None
+        return
+    with find_tensorboard()(str(folder), purge_step=step + 1) as writer:
+
+        def write(step: int, values: dict[str, Any]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield write
+
+
+def board_values(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation, by the names they get in TensorBoard."""
+    values = {f"evaluation/{name}": value for name, value in record["metrics"].items()}
+    values |= {f"evaluation/{name}": record[name] for name in ("score", "loss", "relative_flops")}
+    for name in ("kept", "thresholds"):
+        values |= {f"{name}/layer_{l:02d}": value for l, value in enumerate(record[name] or [], 1)}
+    return values
+
+
 @dataclass
 class Result:
     """What a training run leaves behind."""
@@ -636,6 +672,7 @@ def train(
     progress: Callable[..., Any] = lambda **state: None,
     header: dict[str, Any] | None = None,
     resume: bool = False,
+    tensorboard: Path | None = None,
 ) -> Result:
     """Trains one stage and leaves a checkpoint folder at `output`, with the log of its evaluations in log.jsonl.
 
@@ -643,6 +680,7 @@ def train(
     Evaluation always prunes as inference will: after soft training that is hard.
     show, progress: called with a line for each evaluation and with the state of each step.
     resume: go on from the last state that was saved in `output`; from the beginning where there is none.
+    tensorboard: a folder for TensorBoard's event files.
     Raises: InputError when loss or gradient are no longer finite (the last good checkpoint stays), or when the run to
     be resumed had other settings; Interrupted after a signal.
     """
@@ -733,7 +771,7 @@ def train(
 
     times = []
     started = time.perf_counter()
-    with stop_signals() as signals:
+    with stop_signals() as signals, event_board(tensorboard if process.main else None, done) as board:
         for indices in training_batches(train_set, settings, done, steps):
             step_started = time.perf_counter()
             for group, peak in zip(optimizer.param_groups, peak_rates):
@@ -757,6 +795,7 @@ def train(
             done += 1
             losses.append(loss)
             times.append(time.perf_counter() - step_started)
+            board(done, {"train/loss": loss, "train/learning_rate": optimizer.param_groups[0]["lr"]})
             progress(
                 step=done, steps=steps, loss=loss, score=best and best["score"], flops=best and best["relative_flops"]
             )
@@ -787,7 +826,9 @@ def train(
                 if process.main:
                     if saved:
                         save_model(output, model)
+                        write_card(output, model.config, header, record)
                     append(log, record | {"saved": saved})
+                board(done, board_values(record))
                 show(describe(record, saved and settings.load_best))
                 if done < steps:
                     save()
@@ -989,6 +1030,7 @@ def run_stage(
     process: Process = Process(),
     show: Callable[[str], Any] = lambda line: None,
     progress: Callable[..., Any] = lambda **state: None,
+    tensorboard: Path | None = None,
     distill: Path | None = None,
 ) -> tuple[Path, Result]:
     """Runs "finetune", "soft", "hard", "topk" or "manual" on the model folder `restore`.
@@ -1009,6 +1051,8 @@ def run_stage(
     output = output or default_output(stage, restore, source.task, replace(config, **changes), settings)
     check_settings(settings)
     check_output(output, overwrite, resume)
+    if tensorboard:
+        find_tensorboard()  # before anything is read
     if output.resolve() == Path(restore).resolve():
         raise InputError(f"--output {output}: is the checkpoint to start from; choose another")
     best = finished(output / "log.jsonl") if resume else None
@@ -1075,6 +1119,7 @@ def run_stage(
         progress,
         header,
         resume,
+        tensorboard,
     )
     return output, result
 
@@ -1160,7 +1205,7 @@ def evaluate_checkpoint(
 
 
 class Predictor:
-    """Answers records {"text"}, {"text", "text_pair"} or {"token_ids"} with label, logits and tokens kept a layer."""
+    """Answers records {"text"}, {"text", "text_pair"} or {"token_ids"}: label, logits, tokens, and those kept a layer."""
 
     def __init__(self, folder: Path, process: Process, batch_size: int, max_length: int | None, dense: bool):
         self.folder, self.process, self.batch_size = folder, process, batch_size
@@ -1223,7 +1268,7 @@ class Predictor:
             for i, logits, kept in zip(part, output.logits.float().tolist(), output.kept.T.tolist()):
                 labels = self.model.config.labels
                 label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
-                answers[i] = {"label": label, "logits": logits, "kept": kept}
+                answers[i] = {"label": label, "logits": logits, "tokens": len(encoded[i][0]), "kept": kept}
         return answers
 
 

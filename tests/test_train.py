@@ -329,7 +329,7 @@ def test_log_and_folder(demo, finetuned):
         "saved",
     ):
         assert key in evaluation
-    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "log.jsonl"} == {
+    assert {"README.md", "config.json", "model.safetensors", "vocab.json", "merges.txt", "log.jsonl"} == {
         p.name for p in finetuned.iterdir()
     }
     assert load_model(finetuned).model.config.labels == ("negative", "positive")
