@@ -10,7 +10,10 @@ import torch.nn.functional as F
 
 
 def forward(model, sequences, pruning, temperature=None):
-    """Returns logits (B, labels), kept (L, B), and Σ m over real tokens (a number; 0 without soft)."""
+    """Returns logits (B, labels), kept (L, B), and Σ m over real tokens (a number; 0 without soft).
+
+    In soft mode kept is Σ Π m: the masks of a token's layers multiplied, summed over the real tokens.
+    """
     config = model.config
     L, H, D = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
     B, n = len(sequences), max(map(len, sequences))
@@ -23,7 +26,7 @@ def forward(model, sequences, pruning, temperature=None):
     positions = torch.arange(n).expand(B, n) + (config.pad_token_id + 1 if config.model_type != "bert" else 0)
     x = e.word(ids) + e.position(positions) + e.segment(torch.zeros_like(ids))
     x = F.layer_norm(x, (D,), e.norm.weight, e.norm.bias, config.layer_norm_eps)
-    alive, kept, mask_sum = real.clone(), [], 0.0
+    alive, kept, mask_sum, survival = real.clone(), [], 0.0, real.float()
     for l, layer in enumerate(model.layers, 1):
         weight, bias = layer.attention.query_key_value.weight, layer.attention.query_key_value.bias
         q, k, v = (x @ weight[i * D : (i + 1) * D].T + bias[i * D : (i + 1) * D] for i in range(3))
@@ -59,7 +62,8 @@ def forward(model, sequences, pruning, temperature=None):
             mask = torch.sigmoid((score - model.thresholds[l - 1]) / temperature)
             mask = torch.cat([torch.ones(B, 1), mask[:, 1:]], 1)
             mask_sum = mask_sum + (mask * real).sum()
-        kept.append(alive.sum(1))
+            survival = survival * mask
+        kept.append(survival.sum(1) if pruning == "soft" else alive.sum(1))
         y = layer.activation(x @ layer.intermediate.weight.T + layer.intermediate.bias)
         y = y @ layer.output.weight.T + layer.output.bias
         x = F.layer_norm(x + y, (D,), layer.output_norm.weight, layer.output_norm.bias, config.layer_norm_eps)

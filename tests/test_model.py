@@ -142,7 +142,7 @@ def test_packed_equals_a_masked_padded_forward(mode, score_norm):
         output = model(*pack(sequences), pruning=mode, **MODES[mode])
         logits, kept, mask_sum = reference.forward(model, sequences, mode, **MODES[mode])
     torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(output.kept, kept)
+    torch.testing.assert_close(output.kept, kept, atol=1e-4 if mode == "soft" else 0, rtol=0)
     if mode in ("hard", "topk"):  # the test means nothing if nothing is dropped
         assert kept[-1].sum() < 0.6 * sum(map(len, sequences))
     if mode == "soft":
@@ -160,7 +160,8 @@ def test_a_result_does_not_depend_on_its_batch(model, mode):
     single = torch.cat([output.logits for output in alone])
     torch.testing.assert_close(together.logits, single, atol=1e-5, rtol=0)
     torch.testing.assert_close(sorted_.logits, single[order], atol=1e-5, rtol=0)
-    assert torch.equal(together.kept, torch.cat([output.kept for output in alone], 1))
+    kept = torch.cat([output.kept for output in alone], 1)
+    torch.testing.assert_close(together.kept, kept, atol=1e-3 if mode == "soft" else 0, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["none", "hard", "topk"])
