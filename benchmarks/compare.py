@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Batch, pack  # noqa: E402
 from model import Config, Model, initialize, last_layer_saving, macs, save_model, write_file  # noqa: E402
-from train import keep_freed_memory  # noqa: E402
+from train import keep_freed_memory, relative_flops  # noqa: E402
 
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
@@ -41,11 +41,6 @@ def mrpc_like_lengths(count: int, seed: int) -> list[int]:
     """Lengths with the mean (53) and spread of MRPC's sentence pairs."""
     drawn = np.random.default_rng(seed).normal(53, 14, count)
     return np.clip(np.round(drawn), 20, 103).astype(int).tolist()
-
-
-def relative_flops(config: Config, lengths: Tensor, kept: Tensor) -> float:
-    """FLOPs of sequences (B,) of which kept (L, B) tokens leave the layers, over those of the dense model."""
-    return float(macs(config, lengths, kept).sum() / macs(config, lengths, lengths.expand(len(kept), -1)).sum())
 
 
 def done_macs(config: Config, lengths: Tensor, kept: Tensor, scored: bool) -> float:
