@@ -74,7 +74,8 @@ class Settings:
     target_flops: float | None = setting(
         None,
         "Prune to this share of the dense FLOPs, such as 0.5: λ (soft), the thresholds' scale (hard, manual) or the keep "
-        "rate (topk) is found while training.",
+        "rate (topk) is found while training. In soft the other settings of pruning have defaults of their own then: "
+        "see the README.",
         type=float,
     )
     temperature_end: float | None = setting(
@@ -99,6 +100,16 @@ STAGES: dict[str, dict[str, Any]] = {
     "hard": {"epochs": 5.0},
     "topk": {"epochs": 5.0},
     "manual": {"epochs": 5.0},
+}
+
+# Soft training towards --target-flops has other defaults: thresholds that start low and move fast, and a soft mask that
+# becomes the hard decision, so that the FLOPs of both agree at the end.
+SOFT_TARGET = {
+    "temperature": 1e-3,
+    "temperature_end": 2e-4,
+    "mask_floor": 0.02,
+    "threshold_learning_rate": 1e-4,
+    "final_token_threshold": 0.002,
 }
 
 # Pruning settings live in a checkpoint's config.json; these hold where it says nothing.

@@ -11,8 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from data import FINAL_TOKEN_THRESHOLD, GLUE, MAX_SEQ_LENGTH, STAGES, TOKEN_KEEP_RATE, InputError, Interrupted, Settings
+from data import (
+    FINAL_TOKEN_THRESHOLD,
+    GLUE,
+    MAX_SEQ_LENGTH,
+    SOFT_TARGET,
+    STAGES,
+    TOKEN_KEEP_RATE,
+    InputError,
+    Interrupted,
+    Settings,
+)
 
 # Everything that needs torch is imported inside the commands, so that --help answers at once.
 
@@ -304,6 +315,9 @@ def manual() -> None:
 def run_stage_command(stage: str, given: dict[str, Any]) -> None:
     if given["overwrite"] and given["resume"]:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
+    if stage == "soft" and given["target_flops"]:
+        source_of = click.get_current_context().get_parameter_source
+        given |= {k: v for k, v in SOFT_TARGET.items() if k in given and source_of(k) == ParameterSource.DEFAULT}
     settings = Settings(**(STAGES[stage] | {f.name: given.pop(f.name) for f in fields(Settings) if f.name in given}))
     source = make_source(given)
     with screen() as (show, progress):

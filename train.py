@@ -1142,7 +1142,7 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
             "absolute_threshold",
             f"rate_{config.final_token_threshold}",
             f"temperature_{settings.temperature}",
-            f"lambda_{settings.regularization}",
+            f"flops_{settings.target_flops}" if settings.target_flops else f"lambda_{settings.regularization}",
             rate,
         )
     if stage == "finetune":

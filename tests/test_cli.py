@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import random_sequences, small_model
 
+from data import SOFT_TARGET
 from ltp import main
 from model import load_model, save_model
 
@@ -89,6 +90,17 @@ def test_the_authors_pipeline(runs, demo):
         run(stage, "--data", demo / "data", "--restore", runs / "finetune", "--lr", "1e-4", "--epoch", 0.5)
     assert load_model(runs / "finetune/topk/lr_0.0001").model.pruning == "topk"
     assert load_model(runs / "finetune/hard/lr_0.0001").model.pruning == "hard"
+
+
+def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_path):
+    options = ("--data", demo / "data", "--bs", 16, "--epochs", 0.2, "--target-flops", 0.6, "--temperature", "3e-3")
+    teacher = ("--distill", runs / "finetune")
+    run("soft", *options, *teacher, "--restore", runs / "finetune", "--output", tmp_path / "soft")
+    start = json.loads((tmp_path / "soft" / "log.jsonl").read_text().splitlines()[0])
+    wanted = SOFT_TARGET | {"temperature": 3e-3}
+    assert start["final_token_threshold"] == wanted.pop("final_token_threshold")
+    assert {name: start["settings"][name] for name in wanted} == wanted
+    assert start["settings"]["target_flops"] == 0.6 and start["distill"] == str(runs / "finetune")
 
 
 def test_eval_prints_and_writes(runs, demo, tmp_path):
