@@ -573,7 +573,7 @@ def predict(text: str | None, **given: Any) -> None:
 )
 @machine_options
 def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> None:
-    """Show which tokens of TEXT survive which layer, and what pruned and dense model answer.
+    """Show which tokens of TEXT survive which layer, and what the model answers with and without pruning.
 
     \b
     python ltp.py inspect --restore CKPT "a gripping, funny film"
