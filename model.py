@@ -217,14 +217,8 @@ class Config:
         prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}[
             model_type
         ]
-        untrue = (
-            "quant_mode",
-            "force_dequant",
-            "num_labels",
-            "_name_or_path",
-            "dtype",
-            "torch_dtype",
-        )  # of what we write
+        # Not true of what we write.
+        untrue = ("quant_mode", "force_dequant", "num_labels", "_name_or_path", "dtype", "torch_dtype")
         raw = {key: value for key, value in self.other.items() if key not in untrue}
         for key in self.__dataclass_fields__:
             if key not in ("labels", "other"):
@@ -521,9 +515,8 @@ class Output(NamedTuple):
     logits: Tensor  # (B, labels)
     kept: Tensor  # (L, B) tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
     soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
-    hidden: (
-        Tensor | None
-    )  # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
+    # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
+    hidden: Tensor | None
     trace: list[LayerTrace] | None  # L of them if `trace`
 
 
@@ -541,7 +534,7 @@ class Model(nn.Module):
         )
 
     def pack(self) -> Model:
-        """Gives each layer a copy of its weights that a CPU multiplies faster where tokens are few: twice as fast at 25.
+        """Gives each layer a copy of its weights that a CPU multiplies faster where tokens are few: up to twice as fast at 25.
 
         For float32 inference with weights that stay as they are; it takes their memory a second time, and `train` drops
         it. Does nothing on other devices. Returns the model.
@@ -704,7 +697,7 @@ def last_layer_saving(config: Config, entering: Tensor, kept: Tensor, scored: bo
     thresholds they are, to tell how many tokens are kept). One query, output projection and feed-forward pass remain.
     """
     D, F = config.hidden_size, config.intermediate_size
-    counted = 4 * D * D * entering + 2 * D * entering**2 + 2 * D * F * kept
+    counted = layer_macs(config, entering, kept[None])[0]
     queries = entering if scored else 1
     done = D * D * (2 * entering + queries) + D * entering * queries + D * entering + D * D + 2 * D * F
     return counted - done
