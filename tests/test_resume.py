@@ -82,6 +82,18 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(demo, start, str
     assert lines == ["this run has come to its end: nothing to resume"]
 
 
+def test_the_way_to_a_budget_goes_on_where_it_was(demo, start, tmp_path):
+    target = {"target_flops": 0.5, "temperature_end": 1e-4, "mask_floor": 0.02, "threshold_learning_rate": 1e-3}
+    train(demo, start, tmp_path / "straight", **target)
+    with pytest.raises(Interrupted):
+        stop = lambda step, **state: step == 11 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        train(demo, start, tmp_path / "stopped", stop, **target)
+    train(demo, start, tmp_path / "stopped", **target)
+    same(tmp_path / "stopped", tmp_path / "straight")
+    lambdas = [record["lambda"] for record in evaluations(tmp_path / "straight")]
+    assert len(set(lambdas)) > 1  # steered
+
+
 def test_a_damaged_state_is_passed_over(demo, start, straight, tmp_path):
     with pytest.raises(Interrupted):
         train(demo, start, tmp_path, lambda step, **state: step == 8 and os.kill(os.getpid(), signal.SIGTERM))
