@@ -346,11 +346,19 @@ class Linear(nn.Linear):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, alive: Tensor | None, dropout: float, score: bool, cls_only: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alive: Tensor | None,
+    dropout: float,
+    score: bool,
+    cls_only: bool,
+    max_area: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of b sequences laid on a grid, and what each token received.
 
     query, key, value (b, H, n, d) (query may have fewer rows); alive (b, n) tells tokens from padding, None: all are.
+    max_area: how many probabilities of a head are made at a time; a softmax needs whole rows, but not all of them.
     Returns the context (b, H, queries, d), the first query's alone if `cls_only`, and, if `score`, the attention
     probability that each token receives, summed over heads and alive queries (b, n), before dropout, in float32.
     """
@@ -363,12 +371,20 @@ def attend(
     padding = q.new_zeros(b, 1, 1, n)  # added to the logits: -inf where there is no token
     if alive is not None:
         padding.masked_fill_(~alive[:, None, None], -math.inf)
-    probs = torch.baddbmm(padding.expand(b, H, 1, n).flatten(0, 1), q, k.mT, alpha=d**-0.5)  # logits (b · H, n, n)
-    probs = probs.softmax(-1, dtype=torch.float32)
-    given = probs.unflatten(0, (b, H)).sum(1)  # (b, queries, keys)
-    received = (given if alive is None else given * alive[:, :, None]).sum(1)
-    probs = F.dropout(probs[:, :1] if cls_only else probs, dropout)
-    return (probs.to(v.dtype) @ v).unflatten(0, (b, H)), received
+    padding = padding.expand(b, H, 1, n).flatten(0, 1)
+    contexts, received = [], []
+    step = max(1, max_area // (b * n))
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        logits = torch.baddbmm(padding, q[:, rows], k.mT, alpha=d**-0.5, beta=alive is not None)  # (b · H, rows, n)
+        probs = logits.softmax(-1, dtype=torch.float32)
+        given = probs.unflatten(0, (b, H)).sum(1)  # (b, rows, n)
+        received.append((given if alive is None else given * alive[:, rows, None]).sum(1))
+        if not cls_only or start == 0:
+            probs = F.dropout(probs[:, :1] if cls_only else probs, dropout)
+            contexts.append(probs.to(v.dtype) @ v)
+    context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, 1)
+    return context.unflatten(0, (b, H)), sum(received[1:], received[0])
 
 
 class SelfAttention(nn.Module):
@@ -385,7 +401,8 @@ class SelfAttention(nn.Module):
         """x (T, D), lengths (B,) -> attended (T, D), or (B, D) of the first tokens if `cls_only`; received (T,)."""
         D = x.size(1)
         sizes = lengths.tolist()  # on CUDA the one synchronisation of the layer: shapes depend on the data
-        groups = attention_groups(sizes, *((2**24, math.inf) if x.is_cuda else (40_000, 500)))
+        max_area, max_waste = (2**24, math.inf) if x.is_cuda else (40_000, 500)
+        groups = attention_groups(sizes, max_area, max_waste)
         tokens = [sum(group) for group in groups]
         if cls_only and not score:  # one query a sequence will do
             weight, bias = self.query_key_value.weight, self.query_key_value.bias
@@ -403,7 +420,7 @@ class SelfAttention(nn.Module):
             key, value = parts[-2:]
             query = parts[0] if queries is None else queries[i].view(b, 1, self.num_heads, -1).transpose(1, 2)
             dropout = self.dropout if self.training else 0.0
-            context, group_received = attend(query, key, value, alive, dropout, score, cls_only)
+            context, group_received = attend(query, key, value, alive, dropout, score, cls_only, max_area)
             context = context.transpose(1, 2).reshape(-1, D)
             contexts.append(context if cls_only or index is None else context[index])
             if score:
@@ -513,7 +530,8 @@ class Output(NamedTuple):
     """What the model returns."""
 
     logits: Tensor  # (B, labels)
-    kept: Tensor  # (L, B) tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
+    # (L, B) if `count`: tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
+    kept: Tensor | None
     soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
     # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
     hidden: Tensor | None
@@ -560,6 +578,7 @@ class Model(nn.Module):
         mask_floor: float = 0.0,
         per_token: bool = False,
         trace: bool = False,
+        count: bool = True,
     ) -> Output:
         """Classifies a packed batch.
 
@@ -569,6 +588,8 @@ class Model(nn.Module):
         mask_floor: tokens whose soft mask falls below it are dropped in soft pruning too.
         per_token: also return each token's last hidden state, pruned tokens' included, in the order given.
         trace: also return every layer's scores and decisions.
+        count: also tell how many tokens are kept. Without it, hard pruning has no use for the last layer's scores: they
+            would change no logits.
         """
         pruning = self.pruning if pruning is None else pruning
         config, L = self.config, len(self.layers)
@@ -591,8 +612,8 @@ class Model(nn.Module):
                 or pruning == "topk"
                 and rates[index] < 1
             )
-            # In the last layer top-k's counts are known without the scores; a threshold's are not.
-            score = trace or prunes and not (cls_only and pruning == "topk")
+            # In the last layer scores change no logits, but the soft regulariser; they tell what a threshold keeps.
+            score = trace or prunes and (not cls_only or pruning == "soft" or pruning == "hard" and count)
             x, received = layer.attention_block(x, lengths, score, cls_only)
 
             first = sequence_starts(lengths)
@@ -618,7 +639,7 @@ class Model(nn.Module):
                     traces.append(LayerTrace(tokens, scores, everything if keep is None else keep))
 
             # Drop: from here on a pruned token is in no product. (In the last layer x may hold the first tokens only.)
-            if keep is not None:
+            if keep is not None and not keep.all():
                 if per_token:
                     dropped_tokens.append(tokens[~keep])
                     dropped_states.append(x[~keep])
@@ -640,7 +661,8 @@ class Model(nn.Module):
             order = torch.cat([*dropped_tokens, tokens])
             hidden = torch.cat([*dropped_states, x])[order.argsort()]
             x = x[sequence_starts(lengths)]
-        return Output(self.head(x), torch.stack(kept), soft_mask_sum, hidden, traces if trace else None)
+        kept = torch.stack(kept) if count else None
+        return Output(self.head(x), kept, soft_mask_sum, hidden, traces if trace else None)
 
 
 class Head(nn.Module):
@@ -690,17 +712,15 @@ def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
     return layer_macs(config, lengths, kept).sum(0)
 
 
-def last_layer_saving(config: Config, entering: Tensor, kept: Tensor, scored: bool) -> Tensor:
+def last_layer_saving(config: Config, entering: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each sequence that `macs` counts and a classifier's last layer does not do.
 
-    entering, kept (B,): tokens before and after the last layer's pruning; scored: whether its scores are computed (for
-    thresholds they are, to tell how many tokens are kept). One query, output projection and feed-forward pass remain.
+    entering, kept (B,): tokens before and after the last layer's pruning. One query, output projection and feed-forward
+    pass remain (for all tokens' scores, see `count` in `Model.forward`, the queries remain as well).
     """
     D, F = config.hidden_size, config.intermediate_size
     counted = layer_macs(config, entering, kept[None])[0]
-    queries = entering if scored else 1
-    done = D * D * (2 * entering + queries) + D * entering * queries + D * entering + D * D + 2 * D * F
-    return counted - done
+    return counted - (2 * D * D * entering + 2 * D * entering + 2 * D * D + 2 * D * F)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -319,32 +319,32 @@ class Speed:
 
 @torch.inference_mode()
 def measure_speed(model: Model, batches: list[Batch], process: Process, repeats: int = 5) -> Speed:
-    """Times batches as the model prunes and dense, in turn, after a warm-up pass; tokenization and packing apart."""
+    """Times batches as the model prunes and dense, in turn, after a warm-up pass; tokenization and packing apart.
+
+    Nor is the last layer's count of tokens timed, which only statistics need.
+    """
     model.eval()
     batches = [batch.to(process.device) for batch in batches]
     times: dict[str, list[list[float]]] = {"pruned": [], "dense": []}
-    work = {}
+    counted, done = {}, {}
     for repeat in range(repeats + 1):
         for name, pruning in (("pruned", model.pruning), ("dense", "none")):
-            kept, row = [], []
+            row, outputs = [], []
             for batch in batches:
                 synchronize(process)
                 start = time.perf_counter()
                 with process.autocast():
-                    kept.append(model(*batch, pruning=pruning).kept)
+                    outputs.append(model(*batch, pruning=pruning, count=repeat == 0))
                 synchronize(process)
                 row.append(time.perf_counter() - start)
             if repeat:
                 times[name].append(row)
             else:
-                work[name] = torch.cat(kept, 1).cpu()
-    lengths = torch.cat([batch.lengths for batch in batches]).cpu()
-    counted, done = {}, {}
-    for name, kept in work.items():
-        entering = torch.cat([lengths[None], kept])[-2]
-        scored = name == "pruned" and model.pruning == "hard" and float(model.thresholds[-1]) > 0
-        counted[name] = int(macs(model.config, lengths, kept).sum())
-        done[name] = counted[name] - int(last_layer_saving(model.config, entering, kept[-1], scored).sum())
+                lengths = torch.cat([batch.lengths for batch in batches])
+                kept = torch.cat([output.kept for output in outputs], 1)
+                entering = torch.cat([lengths[None], kept])[-2]
+                counted[name] = int(macs(model.config, lengths, kept).sum())
+                done[name] = counted[name] - int(last_layer_saving(model.config, entering, kept[-1]).sum())
     pruned, dense = np.array(times["pruned"]), np.array(times["dense"])
     seconds, dense_seconds = np.median(pruned.sum(1)), np.median(dense.sum(1))
     speedup, reduction = dense_seconds / seconds, counted["dense"] / counted["pruned"]
@@ -967,7 +967,11 @@ def backward(
         with replica.no_sync() if wait else contextlib.nullcontext():
             with process.autocast():
                 output = replica(
-                    *batch, pruning=pruning, temperature=settings.temperature, mask_floor=settings.mask_floor
+                    *batch,
+                    pruning=pruning,
+                    temperature=settings.temperature,
+                    mask_floor=settings.mask_floor,
+                    count=pruning == "soft",
                 )
             loss, relative = task_loss(output.logits, labels) / len(indices), 0.0
             if examples.teacher is not None:

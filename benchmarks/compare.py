@@ -43,10 +43,10 @@ def mrpc_like_lengths(count: int, seed: int) -> list[int]:
     return np.clip(np.round(drawn), 20, 103).astype(int).tolist()
 
 
-def done_macs(config: Config, lengths: Tensor, kept: Tensor, scored: bool) -> float:
+def done_macs(config: Config, lengths: Tensor, kept: Tensor) -> float:
     """Multiply-accumulates that are really computed: those of the formula less what the last layer saves."""
     entering = torch.cat([lengths[None], kept])[-2]
-    return float((macs(config, lengths, kept) - last_layer_saving(config, entering, kept[-1], scored)).sum())
+    return float((macs(config, lengths, kept) - last_layer_saving(config, entering, kept[-1])).sum())
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> tupl
         share = wanted
     kept = torch.cat([model(*batch, pruning="hard").kept for batch in batches], 1)
     dense = lengths.expand(L, -1)
-    done = done_macs(model.config, lengths, dense, False) / done_macs(model.config, lengths, kept, True)
+    done = done_macs(model.config, lengths, dense) / done_macs(model.config, lengths, kept)
     return 1 / relative_flops(model.config, lengths, kept), done
 
 
@@ -175,7 +175,12 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 @click.option("--length", type=int, help="All sequences of this length instead of MRPC-like lengths.")
 @click.option("--sorted", "by_length", is_flag=True, help="Batches of similar length instead of as the data comes.")
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--reductions", default="1.5,2,4", show_default=True, help="FLOPs reductions of the pruned runs.")
+@click.option(
+    "--reductions",
+    default="1,1.5,2,4",
+    show_default=True,
+    help="FLOPs reductions of the pruned runs; 1 shows what thresholds cost that drop next to nothing.",
+)
 @click.option("--compile", is_flag=True, help="Also transformers with torch.compile (takes minutes to compile).")
 @click.option("--others/--only-ours", default=True, show_default=True, help="Leave the other libraries out.")
 @click.option("--seed", default=0, show_default=True)
@@ -196,14 +201,16 @@ def main(size, batch_size, examples, length, by_length, repeats, reductions, com
         for i in range(0, examples, batch_size)
     ]
 
-    runs: dict[str, Callable[[Batch], Tensor]] = {"ours, dense": lambda batch: model(*batch, pruning="none").logits}
+    runs: dict[str, Callable[[Batch], Tensor]] = {
+        "ours, dense": lambda batch: model(*batch, pruning="none", count=False).logits
+    }
     reached = {"ours, dense": (1.0, 1.0)}
     for wanted in map(float, reductions.split(",")):
         pruned = Model(replace(config, prune_mode="absolute_threshold")).eval()
         pruned.load_state_dict(model.state_dict())
         name = f"ours, {wanted:g}x fewer FLOPs"
         reached[name] = set_thresholds(pruned, batches, wanted)
-        runs[name] = lambda batch, pruned=pruned.pack(): pruned(*batch).logits
+        runs[name] = lambda batch, pruned=pruned.pack(): pruned(*batch, count=False).logits
     model.pack()
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model)
@@ -262,7 +269,7 @@ def main(size, batch_size, examples, length, by_length, repeats, reductions, com
         click.echo(f"{name:36}{'?' if used is None else round(used / 1e6):>11}")
     share = flops / dense / float(np.median(rates[1:]))
     every_layer = every.expand(config.num_hidden_layers, -1)
-    done_share = share * done_macs(config, every, every_layer, False) / float(macs(config, every, every_layer).sum())
+    done_share = share * done_macs(config, every, every_layer) / float(macs(config, every, every_layer).sum())
     conditions = {
         "size": size,
         "batch_size": batch_size,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from conftest import MODES, random_sequences, small_model
 from safetensors.torch import load_file, save_file
 
@@ -93,10 +94,9 @@ def test_macs_by_hand():
 
 def test_the_last_layers_saving_by_hand():
     config = Config(10, 2, 2, 1, 3, 20)  # D = 2, F = 3
-    # Counted: 16·4 + 4·16 + 12·2 = 152. Done without scores: keys and values 8·4, one query, one output 4 + 4, their
-    # products with 4 tokens 2·2·4, one feed-forward 12: 68. With scores: queries 4·4 and logits 2·16 for all: 104.
-    for scored, saving in ((False, 152 - 68), (True, 152 - 104)):
-        assert last_layer_saving(config, torch.tensor([4]), torch.tensor([2]), scored).tolist() == [saving]
+    # Counted: 16·4 + 4·16 + 12·2 = 152. Done: keys and values 8·4, one query, one output 4 + 4, their products with 4
+    # tokens 2·2·4, one feed-forward 12: 68.
+    assert last_layer_saving(config, torch.tensor([4]), torch.tensor([2])).tolist() == [152 - 68]
 
 
 def test_attention_groups_cover_all_sequences_within_limits():
@@ -117,16 +117,30 @@ def test_grid_is_a_view_without_padding():
 def test_received_attention_sums_over_heads_and_alive_queries():
     query = key = value = torch.zeros(1, 2, 3, 4)  # uniform attention over the two alive keys
     alive = torch.tensor([[True, True, False]])
-    _, received = attend(query, key, value, alive, 0.0, True, False)
+    _, received = attend(query, key, value, alive, 0.0, True, False, 100)
     assert received.tolist() == [[2.0, 2.0, 0.0]]  # 2 heads · 2 queries · 1/2
 
 
 def test_dropout_does_not_touch_the_scores():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
-    torch.testing.assert_close(
-        attend(query, key, value, None, 0.5, True, False)[1], attend(query, key, value, None, 0.0, True, False)[1]
-    )
+    with_dropout, without = (attend(query, key, value, None, rate, True, False, 100)[1] for rate in (0.5, 0.0))
+    torch.testing.assert_close(with_dropout, without)
+
+
+@pytest.mark.parametrize("cls_only", [False, True])
+@pytest.mark.parametrize(
+    "area", [1, 15, 30, 31, 1000]
+)  # 2 sequences of at most 5 tokens: one to five queries at a time
+def test_attention_in_blocks_of_queries_equals_the_whole(area, cls_only):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 5, 4).unbind()
+    alive = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    whole = F.scaled_dot_product_attention(query, key, value, alive[:, None, None])
+    probs = (query @ key.mT / 2).masked_fill(~alive[:, None, None], -torch.inf).softmax(-1)
+    context, received = attend(query, key, value, alive, 0.0, True, cls_only, area)
+    torch.testing.assert_close(context, whole[:, :, :1] if cls_only else whole)
+    torch.testing.assert_close(received, (probs * alive[:, None, :, None]).sum((1, 2)))
 
 
 # ---- packed = masked, whatever the batch ----
@@ -242,6 +256,15 @@ def test_the_last_layers_saving_is_exact(model, mode):
     if mode != "soft":
         for l, layer in enumerate(full.trace):
             assert int(layer.keep.sum()) == int(full.kept[l].sum())
+
+
+@pytest.mark.parametrize("mode", ["none", "hard", "topk"])
+def test_logits_are_the_same_without_the_count(model, mode):
+    batch = pack(random_sequences(11))
+    with torch.inference_mode():
+        counted, plain = (model(*batch, pruning=mode, count=count) for count in (True, False))
+    torch.testing.assert_close(plain.logits, counted.logits, atol=1e-6, rtol=0)
+    assert plain.kept is None
 
 
 def test_a_pruned_token_keeps_the_state_it_was_dropped_with(model):
