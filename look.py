@@ -350,6 +350,36 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     return figure
 
 
+METHOD_NAMES = {"ltp": "LTP", "manual": "manual thresholds", "topk": "top-k"}
+
+
+def plot_frontier(rows: list[dict[str, Any]]) -> Any:
+    """The records of `sweep`: the task's first metric against relative FLOPs, a line a method through its means over
+    seeds, small marks for single runs, and the dense model's value across."""
+    figure, (panel,) = new_figure()
+    dense = next(row for row in rows if row["method"] == "dense")
+    metric = next(iter(dense["metrics"]))
+    panel.axhline(dense["metrics"][metric], color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+    lines = [(m, d) for m in METHOD_NAMES for d in (True, False)]
+    for i, (method, distilled) in enumerate(lines):
+        found = [row for row in rows if row["method"] == method and row["distilled"] == distilled]
+        groups: dict[tuple, list[tuple[float, float]]] = {}
+        for row in found:
+            point = tuple(row.get(axis) for axis in ("target_flops", "regularization", "temperature", "learning_rate"))
+            groups.setdefault(point, []).append((row["relative_flops"], row["metrics"][metric]))
+        if not found:
+            continue
+        means = sorted(tuple(np.mean(points, 0)) for points in groups.values())
+        label = METHOD_NAMES[method] + ("" if distilled else ", not distilled")
+        panel.plot(*zip(*means), label=label, markersize=7, **look_of(i))
+        single = [point for points in groups.values() if len(points) > 1 for point in points]
+        if single:
+            panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look_of(i))
+    panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
+    panel.legend(frameon=False)
+    return figure
+
+
 PLOTS: dict[str, Callable[[list[Run]], Any]] = {
     "curves": plot_curves,
     "kept": plot_kept,

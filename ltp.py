@@ -608,6 +608,96 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
         click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
 
 
+@main.command("sweep")
+@restore_option
+@data_options
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(["ltp", "manual", "topk"]),
+    default=("ltp", "manual", "topk"),
+    show_default=True,
+    help="May be given several times, as may the following ones, which make the grid.",
+)
+@click.option(
+    "--target-flops",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Shares of the dense FLOPs.  [default: 0.5, 0.33, 0.25; none with --lambda]",
+)
+@click.option(
+    "--lambda", "regularization", multiple=True, type=click.FloatRange(0), help="λ of ltp, instead of targets."
+)
+@click.option("--temperature", multiple=True, type=click.FloatRange(0, min_open=True), help="τ of ltp.")
+@click.option("--lr-threshold", "threshold_learning_rate", multiple=True, type=click.FloatRange(0), help="Of ltp.")
+@click.option(
+    "--lr", "learning_rate", multiple=True, type=click.FloatRange(0), help="Peak learning rates of the weights."
+)
+@click.option("--seed", multiple=True, type=click.IntRange(0), help="Of order, dropout and new weights.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Of ltp's soft stage.  [default: as in `soft`]")
+@click.option(
+    "--adapt-epochs",
+    type=click.FloatRange(0, min_open=True),
+    help="Of ltp's hard stage, of manual and of topk.  [default: as in `hard`]",
+)
+@click.option("--batch-size", "--bs", type=click.IntRange(1), help="Examples an optimizer step.  [default: 32]")
+@DISTILL
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Where all goes."
+)
+@click.option("--speed/--no-speed", default=True, show_default=True, help="Measure each model's speed at the end.")
+@machine_options
+def sweep_command(**given: Any) -> None:
+    """Train a grid of pruned models, and draw accuracy against FLOPs.
+
+    \b
+    python ltp.py sweep --task MRPC --restore CKPT_of_finetune --distill CKPT_of_finetune --output frontier
+    python ltp.py sweep --task MRPC --restore CKPT_of_finetune --method ltp --lambda 0.05 --lambda 0.1 --output lambdas
+
+    Each cell is trained as its own commands would (they are shown), one after the other, in DIR/CELL/STAGE. The same
+    command again goes on where it was stopped and skips what is done; a larger grid adds to a smaller one. DIR/results.jsonl
+    has a line for each model, DIR/frontier.png the figure (needs matplotlib). Speed is measured at the end, beside dense,
+    and should find an idle machine; delete a cell's speed.json to measure it again.
+    """
+    source = make_source(given)
+    with screen() as (show, progress):
+        show("loading ...")
+        from look import new_figure, plot_frontier, save_figure
+        from model import find_model, write_file
+        from sweep import AXES, run_sweep
+        from train import start_process
+
+        new_figure()  # without matplotlib it is better to stop now
+        process = start_process(given["device"], given["precision"], given["threads"])
+        show, progress = (show, progress) if process.main else (quiet, quiet)
+        grid = {name: list(given[name]) for name in AXES}
+        if not grid["target_flops"] and not grid["regularization"]:
+            grid["target_flops"] = [0.5, 0.33, 0.25]
+        if grid["target_flops"] and grid["regularization"]:
+            raise click.UsageError("a target finds λ itself; pass --target-flops or --lambda")
+        common = {name: given[name] for name in ("epochs", "adapt_epochs", "batch_size", "max_seq_length")}
+        distill = find_model(given["distill"]) if given["distill"] else None
+        rows = run_sweep(
+            find_model(given["restore"]),
+            source,
+            list(given["methods"]),
+            grid,
+            common,
+            distill,
+            given["output"],
+            process,
+            given["speed"],
+            show,
+            progress,
+        )
+    if process.main:
+        evaluation_table([(row["name"], row) for row in rows])
+        figure = plot_frontier(rows)
+        write_file(given["output"] / "frontier.png", lambda path: save_figure(figure, path, "png"))
+        click.echo(f"{given['output']}: results.jsonl, frontier.png, and the checkpoints")
+
+
 @main.command("export")
 @click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
 @click.option(
@@ -759,14 +849,14 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
 
     table = Table(show_edge=False, pad_edge=False)
     names = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
-    speed = any("speedup" in record for _, record in rows)
+    sizes = list(dict.fromkeys(size for _, record in rows for size in record.get("speedup", ())))
     for name in (
         "",
         *names,
         "score",
         "GFLOPs",
         "rel. FLOPs",
-        *(["measured speed"] if speed else []),
+        *(f"speed at {size}" for size in sizes),
         "kept after each layer",
     ):
         table.add_column(name, justify="left" if name in ("", "kept after each layer") else "right", no_wrap=True)
@@ -778,8 +868,7 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
             f"{record['gflops']:.3g}",
             f"{record['relative_flops']:.3f}",
         ]
-        if speed:
-            cells.append(f"{record['speedup']:.2f}x")
+        cells += [f"{record['speedup'][size]:.2f}x" if "speedup" in record else "" for size in sizes]
         table.add_row(*cells, " ".join(f"{share:.2f}" for share in record["kept"]))
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)

@@ -498,22 +498,24 @@ def scale_thresholds(model: Model, examples: Examples, target: float, process: P
     return high
 
 
+def topk_flops(config: Config, lengths: Tensor, rate: float) -> float:
+    """The share of the dense FLOPs that top-k takes of sequences (B,) with a token_keep_rate."""
+    rates = topk_rates(rate, config.num_hidden_layers)
+    kept = [lengths if share == 1 else topk_counts(lengths, share) for share in rates]
+    return relative_flops(config, lengths, torch.stack(kept))
+
+
 def rate_for_budget(config: Config, lengths: Tensor, target: float) -> float:
     """The token_keep_rate with which top-k takes `target` of the dense FLOPs of sequences (B,). Raises: InputError."""
-    L = config.num_hidden_layers
-
-    def relative(rate: float) -> float:
-        kept = [lengths if share == 1 else topk_counts(lengths, share) for share in topk_rates(rate, L)]
-        return relative_flops(config, lengths, torch.stack(kept))
-
-    low, high = -float(L), 1.0
-    if relative(low) > target:
+    low, high = -float(config.num_hidden_layers), 1.0  # at the lower end one token is left of the first pruned layer
+    lowest = topk_flops(config, lengths, low)
+    if lowest > target:
         raise InputError(
-            f"--target-flops {target}: top-k does not prune the first layers, and cannot go below {relative(low):.3f} here"
+            f"--target-flops {target}: top-k does not prune the first layers, and cannot go below {lowest:.3f} here"
         )
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if relative(middle) <= target else (low, middle)
+        low, high = (middle, high) if topk_flops(config, lengths, middle) <= target else (low, middle)
     return low
 
 
@@ -801,8 +803,9 @@ def train(
             )
 
             if done % save_steps == 0 or done == steps:
+                scale = None
                 if settings.target_flops and (pruning == "hard" or budget and done == steps):
-                    scale_thresholds(model, train_set, settings.target_flops, process)
+                    scale = scale_thresholds(model, train_set, settings.target_flops, process)
                 evaluation = evaluate(model, dev_sets, metric, process, settings.batch_size)
                 check_finite(evaluation.loss, done, output, best)
                 record = {
@@ -811,6 +814,7 @@ def train(
                     "epoch": done / steps_per_epoch,
                     "train_loss": sum(losses) / len(losses),
                     **({"soft_relative_flops": relative, "lambda": regularization} if pruning == "soft" else {}),
+                    **({"threshold_scale": scale} if scale else {}),
                     **asdict(evaluation),
                     "thresholds": model.thresholds.tolist()
                     if model.config.prune_mode == "absolute_threshold"
@@ -1411,7 +1415,7 @@ def run_demo(
     dev = load_examples(source, "dev", tokenizer, model.config.max_seq_length, labels)[0][""]
     for stage, record in rows:
         trained = load_model(folder / stage).model.to(process.device).pack()
-        record["speedup"] = measure_speed(trained, sorted_batches(dev, 128), process).speedup
+        record["speedup"] = {"128": measure_speed(trained, sorted_batches(dev, 128), process).speedup}
     predictor = Predictor(folder / "hard", process, 1, None, False)
     text = demo_rows(1, seed)[0]["text"]
     ((ids, segments),) = predictor.encode([("example", {"text": text})])

@@ -187,7 +187,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table there.")
 @torch.inference_mode()
 def main(size, batch_size, examples, length, by_length, repeats, reductions, compile, others, seed, json_file) -> None:
-    """Times a dense RoBERTa and its pruned versions against other libraries, in turn, medians after a warm-up."""
+    """Times a dense RoBERTa and its pruned versions against other libraries, in turn, in random order, medians after a warm-up."""
     torch.manual_seed(seed)
     keep_freed_memory()
     config = Config(vocab_size=1000, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SIZES[size])
@@ -232,7 +232,8 @@ def main(size, batch_size, examples, length, by_length, repeats, reductions, com
         rates = []
         for repeat in range(repeats + 1):
             rates.append(rate())
-            for name, run in runs.items():
+            for name in generator.permutation(list(runs)):  # what ran before may leave its mark: nobody is always next
+                run = runs[name]
                 start = time.perf_counter()
                 for batch in batches:
                     run(batch)
@@ -276,7 +277,7 @@ def main(size, batch_size, examples, length, by_length, repeats, reductions, com
         "examples": examples,
         "mean_length": float(every.double().mean()),
         "repeats": repeats,
-        "statistic": "median of passes over all examples, in turn",
+        "statistic": "median of passes over all examples, in turn, in random order",
         "threads": torch.get_num_threads(),
         "dtype": "float32",
         "torch": torch.__version__,

@@ -1,0 +1,209 @@
+"""A grid of pruned models of one task, trained one after the other: what accuracy does which share of the FLOPs give?"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import SOFT_TARGET, STAGES, InputError, Settings, Source, Tokenizer, load_examples
+from model import load_config, write_file
+from train import (
+    Process,
+    PruningOptions,
+    bench_checkpoint,
+    check_same_run,
+    evaluate_checkpoint,
+    known_labels,
+    length_limit,
+    run_stage,
+    topk_flops,
+)
+
+# How each method is trained, from the fine-tuned dense model.
+METHODS = {"ltp": ("soft", "hard"), "manual": ("manual",), "topk": ("topk",)}
+# The settings that make a grid, and the methods for which each means something.
+AXES = {
+    "target_flops": ("ltp", "manual", "topk"),
+    "regularization": ("ltp",),
+    "temperature": ("ltp",),
+    "threshold_learning_rate": ("ltp",),
+    "learning_rate": ("ltp", "manual", "topk"),
+    "seed": ("ltp", "manual", "topk"),
+}
+SPEED_BATCHES = (1, 32)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting: "learning_rate" -> "--lr"."""
+    setting = next(f for f in fields(Settings) if f.name == name)
+    return (setting.metadata["flags"] or (f"--{name.replace('_', '-')}",))[0]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a method and the settings that it varies."""
+
+    method: str
+    point: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """>>> Cell("ltp", (("target_flops", 0.5), ("learning_rate", 5e-05))).name
+        'ltp-target-flops-0.5-lr-5e-05'
+        """
+        return "-".join([self.method, *(f"{flag(name)[2:]}-{value}" for name, value in self.point)])
+
+
+def grid_cells(methods: list[str], grid: dict[str, list[Any]], lowest_topk: float | None) -> list[Cell]:
+    """All points, without those that would be the same run. Budgets below what top-k can reach become its lowest."""
+    cells: dict[Cell, None] = {}  # an ordered set
+    for method in methods:
+        axes = [name for name in AXES if grid.get(name) and method in AXES[name]]
+        for values in itertools.product(*(grid[name] for name in axes)):
+            point = dict(zip(axes, values))
+            if method == "topk" and "target_flops" in point:
+                point["target_flops"] = max(point["target_flops"], lowest_topk)
+            cells[Cell(method, tuple(point.items()))] = None
+    return list(cells)
+
+
+def cell_stages(cell: Cell, common: dict[str, Any]) -> Iterator[tuple[str, Settings, PruningOptions]]:
+    """The stages of a cell with the settings that their commands would have; `common` as for `run_sweep`."""
+    for stage in METHODS[cell.method]:
+        point = {k: v for k, v in cell.point if stage == "soft" or "ltp" != AXES[k][-1]}
+        epochs = common.get("epochs" if stage == "soft" else "adapt_epochs")
+        given = {"epochs": epochs, "batch_size": common.get("batch_size")} | point
+        given = {name: value for name, value in given.items() if value is not None}
+        usual = usual_settings(stage, given)
+        options = PruningOptions(max_seq_length=common.get("max_seq_length"))
+        if stage == "soft":
+            options.final_token_threshold = usual.pop("final_token_threshold", None)
+        yield stage, Settings(**(usual | given)), options
+
+
+def usual_settings(stage: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What a stage's command sets by itself."""
+    return STAGES[stage] | (SOFT_TARGET if stage == "soft" and given.get("target_flops") else {})
+
+
+def cell_command(
+    stage: str, settings: Settings, options: PruningOptions, source: Source, restore: Path, distill: Path | None
+) -> str:
+    """The command that makes a stage of a cell on its own, but for --output."""
+    task = source.task.name if source.task.name != "custom" else None
+    paths = {"task": task, "data": source.path, "dev-data": source.dev_path, "restore": restore, "distill": distill}
+    words = [word for name, value in paths.items() if value for word in (f"--{name}", str(value))]
+    words += ["--max-length", str(options.max_seq_length)] if options.max_seq_length else []
+    usual = asdict(Settings()) | usual_settings(stage, asdict(settings))
+    for name, value in asdict(settings).items():
+        if value != usual[name]:
+            words += [flag(name), str(value)]
+    return shlex.join(["python", "ltp.py", stage, *words])
+
+
+def run_sweep(
+    restore: Path,
+    source: Source,
+    methods: list[str],
+    grid: dict[str, list[Any]],
+    common: dict[str, Any],
+    distill: Path | None,
+    output: Path,
+    process: Process = Process(),
+    speed: bool = True,
+    show: Callable[[str], Any] = lambda line: None,
+    progress: Callable[..., Any] = lambda **state: None,
+) -> list[dict[str, Any]]:
+    """Trains every cell of the grid that `output` does not hold yet, and goes on with an interrupted one.
+
+    restore: the fine-tuned dense model. grid: setting -> its values. common: settings of all cells ("epochs" of soft
+    training, "adapt_epochs" of the others, "batch_size", "max_seq_length"). speed: measure each model beside dense once all are trained.
+    Returns one record a model, the dense one first; the same are in output/results.jsonl. Raises: InputError; Interrupted
+    after a signal.
+    """
+    config = load_config(restore)
+    lowest = None
+    if "topk" in methods and grid.get("target_flops"):
+        limit = length_limit(config, restore, common.get("max_seq_length"))
+        sets, _ = load_examples(source, "train", Tokenizer(restore), limit, known_labels(source.task, config))
+        lowest = topk_flops(config, torch.from_numpy(sets[""].lengths), -float(config.num_hidden_layers))
+        lowest = (int(lowest * 1000) + 1) / 1000
+        if min(grid["target_flops"]) < lowest:
+            show(
+                f"note: top-k does not prune the first layers and cannot go below {lowest}: it gets that budget instead"
+            )
+    max_length = common.get("max_seq_length")
+    dense = evaluate_checkpoint(restore, source, process, max_length=max_length, dense=True)
+    rows: list[dict[str, Any]] = [{"name": "dense", "method": "dense", "folder": str(restore)} | asdict(dense)]
+
+    def write() -> None:
+        if process.main:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_file(output / "results.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+
+    cells = grid_cells(methods, grid, lowest)
+    for number, cell in enumerate(cells, 1):
+        show(f"\n{number} of {len(cells)}: {cell.name}")
+        previous, commands, views = restore, [], {}
+        for stage, settings, options in cell_stages(cell, common):
+            folder = output / cell.name / stage
+            command = cell_command(stage, settings, options, source, previous, distill)
+            commands.append(f"{command} --output {shlex.quote(str(folder))}")
+            show(f"$ {commands[-1]}")
+            same = {"task": source.task.name, "data": str(source.path), "restore": str(previous)}
+            same |= {"distill": str(distill) if distill else None, "settings": asdict(settings)}
+            check_same_run(folder / "log.jsonl", same)
+            torch.manual_seed(settings.seed + process.rank)  # a cell does not depend on those before it
+            _, result = run_stage(
+                stage,
+                previous,
+                source,
+                settings,
+                options,
+                folder,
+                resume=True,
+                process=process,
+                show=show,
+                progress=progress,
+                distill=distill,
+            )
+            previous = folder
+            views[stage] = result.best
+        row = {"name": cell.name, "method": cell.method, "folder": str(previous), **dict(cell.point)}
+        row |= {"distilled": distill is not None, "commands": commands} | result.best
+        if "soft" in views:
+            wanted = ("score", "relative_flops", "soft_relative_flops", "threshold_scale")
+            row["soft"] = {name: views["soft"].get(name) for name in wanted}
+        rows.append(row)
+        write()
+    if speed and process.world == 1:
+        for row in rows[1:]:
+            file = Path(row["folder"]) / "speed.json"
+            if not file.is_file():
+                show(f"measuring the speed of {row['name']} ...")
+                found = bench_checkpoint(Path(row["folder"]), source, None, 256, list(SPEED_BATCHES), 3, process)
+                write_file(file, lambda path: path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8"))
+            measured = json.loads(file.read_text(encoding="utf-8"))["speeds"]
+            row["speedup"] = {str(s["batch_size"]): s["speedup"] for s in measured}
+    write()
+    return rows
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a results.jsonl. Raises: InputError naming file and line."""
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            rows.append(json.loads(line))
+            if not {"name", "method", "score", "metrics", "relative_flops"} <= set(rows[-1]):
+                raise InputError(f"{path}, line {number}: not a record of `sweep`")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not the results of `sweep` ({error})") from None
+    return rows
