@@ -7,13 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data import GLUE, InputError, Task
+from data import SQUAD, TASKS, InputError, Task
 from model import Config, write_file
 
 MARK = "<!-- Written by ltp.py, which replaces this file as long as this line stands in it. -->"
 SPEED = "\n## Measured speed\n"
 # Our names of metrics -> the hub's, where they differ.
 HUB_METRICS = {"matthews": "matthews_correlation", "macro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
+# What a head does on the hub, the class that transformers has for it, and what `predict` takes.
+HEADS = {
+    "sequence": ("text-classification", "AutoModelForSequenceClassification", '"a text"'),
+    "token": ("token-classification", "AutoModelForTokenClassification", '"some words"'),
+    "span": ("question-answering", "AutoModelForQuestionAnswering", '"a question" --pair "the text with the answer"'),
+}
 STAGES = {
     "finetune": "fine-tuned without pruning",
     "soft": "trained with soft masks, which learn a threshold for each layer (first stage of LTP)",
@@ -48,16 +54,18 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
         return
     from huggingface_hub import EvalResult, ModelCardData
 
-    task: Task | None = GLUE.get(header.get("task", ""))
+    task: Task | None = TASKS.get(header.get("task", ""))
+    hub_task, hub_class, given = HEADS[config.head]
     name = f"ltp-{header.get('task', 'custom')}-{header.get('stage', 'train')}".lower()
-    dataset = (
-        {"dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task.name}", "dataset_config": task.hub}
-        if task
-        else {"dataset_type": "custom", "dataset_name": Path(header.get("data") or "custom").name}
-    )
+    if task is None:
+        dataset = {"dataset_type": "custom", "dataset_name": Path(header.get("data") or "custom").name}
+    elif task.name in SQUAD:
+        dataset = {"dataset_type": f"rajpurkar/{task.hub}", "dataset_name": task.name}
+    else:
+        dataset = {"dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task.name}", "dataset_config": task.hub}
     results = [
         EvalResult(
-            "text-classification",
+            hub_task,
             metric_type=HUB_METRICS.get(metric, metric.split("_")[0]),
             metric_name=metric,
             metric_value=round(value, 4),
@@ -68,10 +76,10 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
     ]
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=hub_task,
         tags=["learned-token-pruning", "token-pruning", "ltp"],
         base_model=base_model(Path(header["restore"])) if header.get("restore") else None,
-        datasets=["nyu-mll/glue"] if task else None,
+        datasets=[dataset["dataset_type"]] if task else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)),
         model_name=name,
         eval_results=results,
@@ -120,15 +128,15 @@ Share of the tokens left after each layer, on the evaluation examples:
 With the tokens dropped, by `ltp.py` of the project that trained it (Learned Token Pruning, https://arxiv.org/abs/2107.00910):
 
 ```bash
-python ltp.py predict --restore THIS_FOLDER "a text"
+python ltp.py predict --restore THIS_FOLDER {given}
 ```
 
 As the dense model, without pruning:
 
 ```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {hub_class}, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("THIS_FOLDER")
+model = {hub_class}.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 """

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -102,15 +102,22 @@ STAGES: dict[str, dict[str, Any]] = {
     "manual": {"epochs": 5.0},
 }
 
-# Soft training towards --target-flops has other defaults: thresholds that start low and move fast, and a soft mask that
-# becomes the hard decision, so that the FLOPs of both agree at the end.
-SOFT_TARGET = {
-    "temperature": 1e-3,
-    "temperature_end": 2e-4,
-    "mask_floor": 0.02,
-    "threshold_learning_rate": 1e-4,
-    "final_token_threshold": 0.002,
-}
+
+def soft_target(max_length: int) -> dict[str, float]:
+    """Defaults of soft training towards --target-flops: thresholds that start low and move fast, and a soft mask that
+    becomes the hard decision, so that the FLOPs of both agree at the end.
+
+    All but the floor are on the scale of the scores, which are divided by the maximum length.
+    """
+    scale = 128 / max_length
+    return {
+        "mask_floor": 0.02,
+        "temperature": 1e-3 * scale,
+        "temperature_end": 2e-4 * scale,
+        "threshold_learning_rate": 1e-4 * scale,
+        "final_token_threshold": 0.002 * scale,
+    }
+
 
 # Pruning settings live in a checkpoint's config.json; these hold where it says nothing.
 FINAL_TOKEN_THRESHOLD = 0.01  # θ_final: the threshold of the last layer that learning starts from, the authors' value
@@ -137,6 +144,8 @@ class Task:
         None  # text, pair, label in GLUE's TSV files if they differ
     )
     dev: tuple[tuple[str, str, str], ...] = (("", "dev", "validation"),)  # metric suffix, TSV name, split on the hub
+    head: str = "sequence"  # one answer a text, or "span": a part of the second text, or "token": a tag a word
+    max_length: int = MAX_SEQ_LENGTH  # tokens, where neither the user nor the checkpoint says
 
     @property
     def regression(self) -> bool:
@@ -189,18 +198,28 @@ GLUE = {
 }
 
 
+SQUAD = {
+    name: Task(name, "question", "context", "answers", ("start", "end"), "squad", hub, head="span", max_length=384)
+    for name, hub in (("SQuAD", "squad"), ("SQuAD2", "squad_v2"))
+}
+TASKS = GLUE | SQUAD
+
+
 def find_task(name: str) -> Task:
-    """A GLUE task by name, in any spelling of case and hyphens (SST2, stsb). Raises: InputError."""
-    for task in GLUE.values():
+    """A task by name, in any spelling of case and hyphens (SST2, stsb). Raises: InputError."""
+    for task in TASKS.values():
         if task.name.replace("-", "").lower() == name.replace("-", "").replace("_", "").lower():
             return task
     raise InputError(
-        f"--task {name}: unknown; the tasks are {', '.join(GLUE)}. Leave --task away to use your own data with --data"
+        f"--task {name}: unknown; the tasks are {', '.join(TASKS)}. Leave --task away to use your own data with --data"
     )
 
 
-def custom_task(text: str | None, pair: str | None, label: str | None, regression: bool) -> Task:
-    """A task on the user's own files: classification with the labels found in the training data, or regression."""
+def custom_task(text: str | None, pair: str | None, label: str | None, regression: bool, tagging: bool = False) -> Task:
+    """A task on the user's own files: classification with the labels found in the training data, regression, or a tag
+    for each word."""
+    if tagging:
+        return Task("custom", text or "words", None, label or "labels", None, "entities", head="token")
     metric = "correlation" if regression else "accuracy_macro_f1"
     return Task("custom", text or "text", pair, label or "label", () if regression else None, metric)
 
@@ -525,17 +544,25 @@ class Source:
     path: Path | None = None  # None: the hub
     dev_path: Path | None = None
 
-    def rows(self, split: str) -> dict[str, tuple[str, str, Iterator[Row]]]:
+    def rows(
+        self,
+        split: str,
+        read: Callable[[Path], Iterator[Any]] | None = None,
+        read_hub: Callable[[str], Iterator[Any]] | None = None,
+    ) -> dict[str, tuple[str, str, Iterator[Any]]]:
         """The sets of a split ("train", "dev", or "eval": dev, where a file alone will do), by the suffix of their
         metrics (MNLI has two to evaluate): where the set is, its identity, its rows.
 
+        read, read_hub: readers of a file and of a split on the hub; default: of rows of texts with a label.
         The identity changes when the content does: it names the tokenized copy in the cache.
         """
+        read_hub = read_hub or self._hub_rows
         parts = (("", "train", "train"),) if split == "train" else self.task.dev
         if self.path is None and self.dev_path is not None:
             raise InputError("--dev-data goes with --data")
         if self.path is None:
-            return {s: (f"GLUE's {hub}", f"hub {self.task.hub} {hub}", self._hub_rows(hub)) for s, _, hub in parts}
+            name = self.task.name
+            return {s: (f"{name}'s {hub}", f"hub {self.task.hub} {hub}", read_hub(hub)) for s, _, hub in parts}
         if split != "train" and (self.dev_path or self.path).is_file():
             parts = parts[:1]
         found = {}
@@ -545,7 +572,7 @@ class Source:
             columns = task.tsv if task.tsv and path.suffix.lower() == ".tsv" else (task.text, task.pair, task.label)
             stat = path.stat() if path.exists() else None
             identity = f"{path.resolve()} {columns} {stat and (stat.st_size, stat.st_mtime_ns)}"
-            found[suffix] = (str(path), identity, read_rows(path, columns))
+            found[suffix] = (str(path), identity, read(path) if read else read_rows(path, columns))
         return found
 
     def _file(self, split: str, name: str) -> Path:
@@ -556,13 +583,12 @@ class Source:
             if split == "dev" and not self.dev_path:
                 raise InputError(f"--data {path}: is one file; name the file to evaluate on with --dev-data")
             return path
-        names = (
-            ["train"]
-            if split == "train"
-            else [name, "dev", "validation", "valid"]
-            if len(self.task.dev) == 1
-            else [name]
-        )
+        names = ["train"] if split == "train" else [name]
+        if split != "train" and len(self.task.dev) == 1:
+            names += ["validation", "valid", "testa"]
+        if self.task.head == "span":
+            names += [f"{name}-{version}" for version in ("v2.0", "v1.1") for name in names[:1]]
+        suffixes = SUFFIXES + ((".conll", ".txt", ".bio", ".iob", ".iob2") if self.task.head == "token" else ())
         wanted = self.task.name.replace("-", "").lower()
         folders = [
             path,
@@ -570,10 +596,15 @@ class Source:
         ]
         for folder in folders:
             for candidate in names:
-                for suffix in SUFFIXES:
+                for suffix in suffixes:
                     if (folder / f"{candidate}{suffix}").is_file():
                         return folder / f"{candidate}{suffix}"
-        raise InputError(f"{option} {path}: holds no {names[0]}.tsv (or .csv, .jsonl, .parquet)")
+        kinds = {
+            "sequence": ".tsv (or .csv, .jsonl, .parquet)",
+            "span": ".json",
+            "token": ".conll (or .txt, .jsonl, .parquet)",
+        }
+        raise InputError(f"{option} {path}: holds no {names[0]}{kinds[self.task.head]}")
 
     def _hub_rows(self, split: str) -> Iterator[Row]:
         import datasets
@@ -608,7 +639,7 @@ class Examples:
     lengths: np.ndarray  # (N,) tokens
     labels: np.ndarray  # (N,) class ids, or scores
     truncated: int  # how many were cut
-    teacher: np.ndarray | None = None  # (N, C) logits of the model to learn from, in distillation
+    teacher: list[np.ndarray] | None = None  # N times logits of the model to learn from, in distillation
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -616,6 +647,26 @@ class Examples:
     def batch(self, indices: Iterable[int]) -> Batch:
         rows = self.table[list(map(int, indices))]
         return pack(rows["token_ids"], rows["segment_ids"])
+
+    def select(self, indices: np.ndarray) -> Examples:
+        """Some of the examples, to run but not to judge."""
+        return Examples(self.table.select(indices), self.lengths[indices], self.labels[indices], 0)
+
+    def targets(self, indices: np.ndarray) -> Tensor:
+        """What the loss compares the logits of a batch with: (B,)."""
+        import torch
+
+        return torch.from_numpy(self.labels[indices])
+
+    def answers(self, indices: np.ndarray) -> int:
+        """How many answers the loss of a batch is the mean of."""
+        return len(indices)
+
+    def judge(self, metric: str, logits: list[np.ndarray]) -> tuple[dict[str, float], float]:
+        """Metrics and score of the logits of all examples, (classes,) or (tokens, classes) each."""
+        import numpy as np
+
+        return evaluate_predictions(metric, np.stack(logits), self.labels)
 
 
 def load_examples(
@@ -629,9 +680,7 @@ def load_examples(
     import numpy as np
     import pyarrow.compute as pc
 
-    smallest = tokenizer.backend.num_special_tokens_to_add(source.task.pair is not None) + 1
-    if max_length < smallest:
-        raise InputError(f"--max-length {max_length}: leaves no room for text; expected at least {smallest}")
+    check_room(tokenizer, max_length, source.task.pair is not None)
     tables, places = {}, {}
     for suffix, (places[suffix], identity, rows) in source.rows(split).items():
         key = hashlib.sha256(f"{identity} {max_length} {tokenizer.identity}".encode()).hexdigest()[:32]
@@ -640,7 +689,7 @@ def load_examples(
         labels = source.task.labels
     if labels is None:
         found = {label for table in tables.values() for label in table.unique("label")}
-        labels = tuple(sorted(found, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name)))
+        labels = tuple(sorted(found, key=label_order))
         if len(labels) < 2:
             raise InputError(
                 f"{places['']}: all examples have the label {labels[0]!r}; classification needs two or more"
@@ -676,6 +725,18 @@ def _read_columns(table: datasets.Dataset, *names: str) -> Iterator[tuple]:
         yield from zip(*(part.column(name).to_pylist() for name in names))
 
 
+def check_room(tokenizer: Tokenizer, max_length: int, pair: bool = False) -> None:
+    """Raises InputError if texts cut to `max_length` tokens would be nothing but special tokens."""
+    smallest = tokenizer.backend.num_special_tokens_to_add(pair) + 1
+    if max_length < smallest:
+        raise InputError(f"--max-length {max_length}: leaves no room for text; expected at least {smallest}")
+
+
+def label_order(name: str) -> tuple[int, float, str]:
+    """Numbers by value, before names."""
+    return (0, float(name), name) if _is_number(name) else (1, 0.0, name)
+
+
 def _is_number(text: str) -> bool:
     try:
         return math.isfinite(float(text))
@@ -686,16 +747,13 @@ def _is_number(text: str) -> bool:
 def _tokenized(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, key: str) -> datasets.Dataset:
     import datasets
 
-    datasets.disable_progress_bars()
-    features = datasets.Features(
-        {
-            "token_ids": datasets.List(datasets.Value("int32")),
-            "segment_ids": datasets.List(datasets.Value("int8")),
-            "label": datasets.Value("string"),
-            "line": datasets.Value("int64"),
-            "truncated": datasets.Value("bool"),
-        }
-    )
+    features = {
+        "token_ids": datasets.List(datasets.Value("int32")),
+        "segment_ids": datasets.List(datasets.Value("int8")),
+        "label": datasets.Value("string"),
+        "line": datasets.Value("int64"),
+        "truncated": datasets.Value("bool"),
+    }
 
     def generate() -> Iterator[dict]:
         for chunk in chunked(rows, 1024):
@@ -703,8 +761,16 @@ def _tokenized(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, key: 
             for row, encoded in zip(chunk, tokenizer.encode([row.text for row in chunk], pairs, max_length)):
                 yield encoded._asdict() | {"label": row.label, "line": row.line}
 
+    return cached_table(generate, features, key)
+
+
+def cached_table(generate: Callable[[], Iterator[dict]], features: dict[str, Any], key: str) -> datasets.Dataset:
+    """The records as a memory-mapped table, from the cache of `datasets` where that has one of this key."""
+    import datasets
+
+    datasets.disable_progress_bars()
     try:
-        return datasets.Dataset.from_generator(generate, features=features, fingerprint=key)
+        return datasets.Dataset.from_generator(generate, features=datasets.Features(features), fingerprint=key)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # the library wraps what its generator raises
@@ -750,6 +816,19 @@ def pack(token_ids: list[list[int]], segment_ids: list[list[int]] | None = None)
     segments = torch.zeros_like(flat) if segment_ids is None else torch.tensor([i for ids in segment_ids for i in ids])
     positions = torch.tensor([p for ids in token_ids for p in range(len(ids))])
     return Batch(flat, segments, positions, torch.tensor([len(ids) for ids in token_ids]))
+
+
+def token_batches(
+    order: np.ndarray, lengths: np.ndarray, batch_size: int, max_tokens: int | None = None
+) -> Iterator[np.ndarray]:
+    """Cuts `order` into batches of at most `batch_size` examples and, but for a longer one alone, `max_tokens` tokens."""
+    start = 0
+    while start < len(order):
+        stop = start + batch_size
+        if max_tokens:
+            stop = start + max(1, int((lengths[order[start:stop]].cumsum() <= max_tokens).sum()))
+        yield order[start:stop]
+        start = stop
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

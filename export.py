@@ -89,6 +89,8 @@ def export_model(model: Model, path: Path) -> str:
         raise InputError(
             f"export needs onnx and onnxscript, and {error.name} is not installed: pip install onnx onnxscript"
         ) from None
+    if model.config.head != "sequence":
+        raise InputError("export: this model answers for each token; only models that classify texts can be exported")
     names = ["input_ids", "token_type_ids"][: 1 + (model.config.type_vocab_size > 1)]
     examples = tuple(torch.zeros(1, 7, dtype=torch.long) for _ in names)  # one tensor twice would become one input
     tokens = torch.export.Dim("tokens", min=2, max=model.config.max_tokens)

@@ -36,6 +36,8 @@ def examine(predictor: Predictor, records: list[tuple[str, Any]]) -> list[dict[s
     Raises: InputError for records that are no texts.
     """
     model, device = predictor.model, predictor.process.device
+    if model.config.head != "sequence":
+        raise InputError(f"{predictor.folder}: answers for each token; `inspect` shows models that classify texts")
     thresholds = model.thresholds.tolist() if model.pruning == "hard" else [None] * len(model.layers)
     examples = []
     for ids, segments in predictor.encode(records):

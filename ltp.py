@@ -15,14 +15,14 @@ from click.core import ParameterSource
 
 from data import (
     FINAL_TOKEN_THRESHOLD,
-    GLUE,
     MAX_SEQ_LENGTH,
-    SOFT_TARGET,
     STAGES,
+    TASKS,
     TOKEN_KEEP_RATE,
     InputError,
     Interrupted,
     Settings,
+    soft_target,
 )
 
 # Everything that needs torch is imported inside the commands, so that --help answers at once.
@@ -113,8 +113,7 @@ def data_options(command: Any) -> Any:
         [
             click.option(
                 "--task",
-                help=f"A GLUE task: {', '.join(GLUE)} (SST2 and STSB are understood). "
-                "Leave it away to use your own data.",
+                help=f"{', '.join(TASKS)} (SST2 and STSB are understood). Leave it away to use your own data.",
             ),
             click.option(
                 "--data",
@@ -134,10 +133,16 @@ def data_options(command: Any) -> Any:
             click.option("--label-column", metavar="NAME", help="Column of the class or score.  [default: label]"),
             click.option("--regression", is_flag=True, help="Your labels are scores, not classes."),
             click.option(
+                "--tagging",
+                is_flag=True,
+                help='Your data are tagged words: CoNLL files, or JSONL with lists, {"words": […], "labels": […]}.',
+            ),
+            click.option(
                 "--max-length",
                 "max_seq_length",
                 type=click.IntRange(2),
-                help=f"Cut texts to this many tokens.  [default: the checkpoint's, else {MAX_SEQ_LENGTH}]",
+                help="Cut texts, or questions with a part of their context, to this many tokens.  [default: the "
+                f"checkpoint's, else {MAX_SEQ_LENGTH}; 384 for questions]",
             ),
         ],
     )
@@ -224,6 +229,14 @@ SCORE_NORM = click.option(
 )
 
 
+PROTECT = click.option(
+    "--protect-question/--prune-question",
+    default=None,
+    help="SQuAD: whether the question's tokens are safe from pruning.  [default: the checkpoint's, else --prune-question]",
+)
+MAX_TOKENS = click.option(
+    "--max-tokens", type=click.IntRange(1), help="Tokens run together, where that is fewer than --batch-size texts."
+)
 DISTILL = click.option(
     "--distill",
     metavar="CKPT",
@@ -259,7 +272,7 @@ def finetune() -> None:
     """
 
 
-@stage_command("soft", THRESHOLD, SCORE_NORM, DISTILL)
+@stage_command("soft", THRESHOLD, SCORE_NORM, PROTECT, DISTILL)
 def soft() -> None:
     """Learn the thresholds together with the weights (first stage of LTP).
 
@@ -288,7 +301,7 @@ def hard() -> None:
     """
 
 
-@stage_command("topk", KEEP_RATE, DISTILL)
+@stage_command("topk", KEEP_RATE, PROTECT, DISTILL)
 def topk() -> None:
     """Baseline: keep a fixed share of each text's tokens in each layer, the highest scores (SpAtten's schedule).
 
@@ -301,7 +314,7 @@ def topk() -> None:
     """
 
 
-@stage_command("manual", THRESHOLD, SCORE_NORM, DISTILL)
+@stage_command("manual", THRESHOLD, SCORE_NORM, PROTECT, DISTILL)
 def manual() -> None:
     """Baseline: fixed thresholds θ·l/L that are never learned, tokens dropped from the start.
 
@@ -316,8 +329,11 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
     if given["overwrite"] and given["resume"]:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
     if stage == "soft" and given["target_flops"]:
+        from model import find_model, load_config
+
+        length = given["max_seq_length"] or load_config(find_model(given["restore"])).max_seq_length
         source_of = click.get_current_context().get_parameter_source
-        given |= {k: v for k, v in SOFT_TARGET.items() if k in given and source_of(k) == ParameterSource.DEFAULT}
+        given |= {k: v for k, v in soft_target(length).items() if source_of(k) == ParameterSource.DEFAULT}
     settings = Settings(**(STAGES[stage] | {f.name: given.pop(f.name) for f in fields(Settings) if f.name in given}))
     source = make_source(given)
     with screen() as (show, progress):
@@ -349,7 +365,7 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
         following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
         same = ("task", "data", "dev_data", "text_column", "pair_column", "label_column")
         words = [w for name in same if given[name] for w in (f"--{name.replace('_', '-')}", str(given[name]))]
-        words += ["--regression"] * given["regression"] + ["--restore", str(folder)]
+        words += ["--regression"] * given["regression"] + ["--tagging"] * given["tagging"] + ["--restore", str(folder)]
         click.echo(f"Next: python ltp.py {following} {shlex.join(words)}")
 
 
@@ -359,14 +375,16 @@ def make_source(given: dict[str, Any]) -> Any:
 
     columns = [given[name] for name in ("text_column", "pair_column", "label_column")]
     if given["task"]:
-        if any(columns) or given["regression"]:
+        if any(columns) or given["regression"] or given["tagging"]:
             raise InputError(
-                "--task knows its columns; leave --text-column, --pair-column, --label-column and --regression away"
+                "--task knows its data; leave --text-column, --pair-column, --label-column, --regression and --tagging away"
             )
         return Source(find_task(given["task"]), given["data"], given["dev_data"])
     if not given["data"]:
         raise InputError("pass --task NAME for GLUE, or --data PATH for your own data")
-    return Source(custom_task(*columns, given["regression"]), given["data"], given["dev_data"])
+    if given["tagging"] and (given["pair_column"] or given["regression"]):
+        raise InputError("--tagging has one text and labels; leave --pair-column and --regression away")
+    return Source(custom_task(*columns, given["regression"], given["tagging"]), given["data"], given["dev_data"])
 
 
 @main.command("eval")
@@ -375,6 +393,7 @@ def make_source(given: dict[str, Any]) -> Any:
 @click.option(
     "--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Examples run together."
 )
+@MAX_TOKENS
 @click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
 @click.option(
     "--json",
@@ -382,6 +401,18 @@ def make_source(given: dict[str, Any]) -> Any:
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write the result there too.",
+)
+@click.option(
+    "--predictions",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help='SQuAD: write each question\'s answer, {"id": "text"}, as the official script reads it.',
+)
+@click.option(
+    "--nbest",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="SQuAD: write each question's best answers with their places and scores.",
 )
 @machine_options
 def eval_command(**given: Any) -> None:
@@ -397,8 +428,19 @@ def eval_command(**given: Any) -> None:
     from model import find_model, write_file
     from train import evaluate_checkpoint, start_process
 
+    if (given["predictions"] or given["nbest"]) and source.task.head != "span":
+        raise InputError(f"--predictions and --nbest are for questions on texts, which {source.task.name} has not")
     process = start_process(given["device"], given["precision"], given["threads"])
     show = (lambda line: click.echo(line, err=True)) if process.main else quiet
+
+    def keep(examples: Any, logits: Any) -> None:
+        if process.main and (given["predictions"] or given["nbest"]):
+            found = examples.find(logits)
+            for file, content in ((given["predictions"], examples.texts), (given["nbest"], examples.nbest)):
+                text = json.dumps(content(found), indent=1, ensure_ascii=False) + "\n"
+                if file:
+                    write_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+
     evaluation = evaluate_checkpoint(
         find_model(given["restore"]),
         source,
@@ -407,6 +449,8 @@ def eval_command(**given: Any) -> None:
         given["max_seq_length"],
         given["dense"],
         show,
+        given["max_tokens"],
+        keep,
     )
     if not process.main:
         return
@@ -503,7 +547,8 @@ def bench(**given: Any) -> None:
     "input_file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help='JSON lines {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}.',
+    help='JSON lines {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}; {"words": […]} of a tagger; '
+    '{"question": …, "context": …}.',
 )
 @click.option(
     "--output",
@@ -513,6 +558,13 @@ def bench(**given: Any) -> None:
     help="Where the answers go.  [default: standard output]",
 )
 @click.option("--batch-size", "--bs", default=32, show_default=True, type=click.IntRange(1), help="Lines run together.")
+@MAX_TOKENS
+@click.option(
+    "--no-answer-threshold",
+    type=float,
+    metavar="T",
+    help="Questions: answer nothing where no_answer_score is above T; 0 takes what is likelier.  [default: always answer]",
+)
 @click.option(
     "--max-length",
     "max_seq_length",
@@ -522,13 +574,16 @@ def bench(**given: Any) -> None:
 @click.option("--dense", is_flag=True, help="Ignore the checkpoint's pruning.")
 @machine_options
 def predict(text: str | None, **given: Any) -> None:
-    """Classify TEXT, or each line of a file, in order, in memory that does not grow with the file.
+    """Classify TEXT, tag its words, or answer it from the text in --pair; or so for each line of a file, in order, in
+    memory that does not grow with the file.
 
     \b
     python ltp.py predict --restore CKPT "a gripping, funny film"
     python ltp.py predict --restore CKPT --input texts.jsonl --output answers.jsonl
+    python ltp.py predict --restore CKPT_of_SQuAD "Who wrote it?" --pair "It was written by Ada Berg in 1912."
 
-    An answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}.
+    An answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}; of a tagger {"words",
+    "labels", …}; of a question {"answer", "start", "end", "score", "no_answer_score", …}, places in characters.
     """
     if (text is None) == (given["input_file"] is None):
         raise click.UsageError("pass either TEXT or --input FILE")
@@ -539,10 +594,19 @@ def predict(text: str | None, **given: Any) -> None:
 
     process = start_process(given["device"], given["precision"], given["threads"])
     predictor = Predictor(
-        find_model(given["restore"]), process, given["batch_size"], given["max_seq_length"], given["dense"]
+        find_model(given["restore"]),
+        process,
+        given["batch_size"],
+        given["max_seq_length"],
+        given["dense"],
+        given["max_tokens"],
+        given["no_answer_threshold"],
     )
     if text is not None:
-        record = {"text": text} | ({} if given["pair"] is None else {"text_pair": given["pair"]})
+        if predictor.model.config.head == "span":
+            record = {"question": text, "context": given["pair"]}
+        else:
+            record = {"text": text} | ({} if given["pair"] is None else {"text_pair": given["pair"]})
         click.echo(json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False))
     else:
         with screen() as (_, progress):

@@ -67,6 +67,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+# What the model answers, by the ending of Hugging Face's architecture names: one answer a sequence, one a token, or
+# for each token how likely an answer starts and ends there.
+ARCHITECTURES = {
+    "sequence": "ForSequenceClassification",
+    "token": "ForTokenClassification",
+    "span": "ForQuestionAnswering",
+}
+SPAN_LABELS = ("start", "end")
 PRUNE_MODES = ("absolute_threshold", "topk", None)
 SCORE_NORMS = ("max_length", "length")
 
@@ -93,6 +101,7 @@ class Config:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
+    head: str = "sequence"  # a key of ARCHITECTURES
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the class names in id order; exactly one means regression
     # Pruning.
     prune_mode: str | None = None  # what inference does: "absolute_threshold", "topk", or None for the dense model
@@ -100,6 +109,7 @@ class Config:
     token_keep_rate: float = TOKEN_KEEP_RATE  # share of tokens that top-k keeps in the last layer; negative is steeper
     score_norm: str = "max_length"  # which N the importance score is divided by, see `importance`
     max_seq_length: int = MAX_SEQ_LENGTH  # texts are cut to this many tokens; N when score_norm is "max_length"
+    protect_question: bool = False  # "span" heads: no token of the question is pruned
     other: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -190,6 +200,14 @@ class Config:
                 if not isinstance(raw[key], (str, type(None))) or raw[key] not in allowed:
                     raise bad(key, f"supported are {', '.join('null' if a is None else a for a in allowed)}")
                 values[key] = raw[key]
+        if "protect_question" in raw:
+            if type(raw["protect_question"]) is not bool:
+                raise bad("protect_question", "expected true or false")
+            values["protect_question"] = raw["protect_question"]
+        architectures = raw.get("architectures") or [""]
+        for head, ending in ARCHITECTURES.items():
+            if isinstance(architectures, list) and str(architectures[0]).endswith(ending):
+                values["head"] = head
         if values["hidden_size"] % values["num_attention_heads"]:
             raise bad("hidden_size", f"not a multiple of num_attention_heads = {values['num_attention_heads']}")
 
@@ -205,6 +223,8 @@ class Config:
             if not strings or sorted(names) != sorted(ids) or len(set(names.values())) != len(ids):
                 raise bad("id2label", 'expected different names for the ids from "0" on without a gap')
             values["labels"] = tuple(names[i] for i in ids)
+        if values.get("head") == "span":
+            values["labels"] = SPAN_LABELS
         config = cls(model_type=model_type, other=dict(raw), **values)
         if config.max_tokens < 2:
             raise bad("max_position_embeddings", "leaves no room for a sequence")
@@ -221,14 +241,15 @@ class Config:
         untrue = ("quant_mode", "force_dequant", "num_labels", "_name_or_path", "dtype", "torch_dtype")
         raw = {key: value for key, value in self.other.items() if key not in untrue}
         for key in self.__dataclass_fields__:
-            if key not in ("labels", "other"):
+            if key not in ("head", "labels", "other"):
                 raw[key] = getattr(self, key)
+        problem = "regression" if len(self.labels) == 1 else "single_label_classification"
         return raw | {
             "model_type": model_type,
-            "architectures": [f"{prefix}ForSequenceClassification"],
+            "architectures": [prefix + ARCHITECTURES[self.head]],
             "id2label": {str(i): name for i, name in enumerate(self.labels)},
             "label2id": {name: i for i, name in enumerate(self.labels)},
-            "problem_type": "regression" if len(self.labels) == 1 else "single_label_classification",
+            "problem_type": problem if self.head == "sequence" else None,
         }
 
 
@@ -270,20 +291,20 @@ def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
     return received / (num_heads * N)
 
 
-def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, first: Tensor) -> Tensor:
-    """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the first token of each sequence.
+def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, protected: Tensor) -> Tensor:
+    """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the protected tokens (the first of each sequence).
 
-    importance (T,), threshold (), first (B,) indices -> (T,) in (0, 1]. Its gradient reaches scores and threshold.
+    importance (T,), threshold (), protected (P,) indices -> (T,) in (0, 1]. Its gradient reaches scores and threshold.
     """
-    return torch.sigmoid((importance - threshold) / temperature).index_fill(0, first, 1.0)
+    return torch.sigmoid((importance - threshold) / temperature).index_fill(0, protected, 1.0)
 
 
-def keep_by_threshold(importance: Tensor, threshold: Tensor, first: Tensor) -> Tensor:
-    """A token survives if s >= θ, equation 4 of the paper; the first of each sequence always does.
+def keep_by_threshold(importance: Tensor, threshold: Tensor, protected: Tensor) -> Tensor:
+    """A token survives if s >= θ, equation 4 of the paper; protected ones always do.
 
-    importance (T,), threshold (), first (B,) indices -> keep (T,) bool.
+    importance (T,), threshold (), protected (P,) indices -> keep (T,) bool.
     """
-    return (importance >= threshold).index_fill(0, first, True)
+    return (importance >= threshold).index_fill(0, protected, True)
 
 
 def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
@@ -301,17 +322,16 @@ def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
     return torch.round(original_lengths.double() * rate).long().clamp(min=1)
 
 
-def keep_topk(importance: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` (B,) most important tokens of each sequence survive, the first of each always; ties go to the left.
+def keep_topk(importance: Tensor, lengths: Tensor, counts: Tensor, protected: Tensor) -> Tensor:
+    """The `counts` (B,) most important tokens of each sequence survive, protected ones first; ties go to the left.
 
-    importance (T,), lengths (B,) -> keep (T,) bool.
+    importance (T,), lengths (B,), protected (P,) indices, of a sequence no more than its count -> keep (T,) bool.
     """
-    first = sequence_starts(lengths)
     ids = sequence_ids(lengths)
     # Sort by importance, then stably by sequence: each sequence's tokens stand together, best first.
-    order = importance.index_fill(0, first, math.inf).argsort(descending=True, stable=True)
+    order = importance.index_fill(0, protected, math.inf).argsort(descending=True, stable=True)
     order = order[ids[order].argsort(stable=True)]
-    rank = torch.arange(len(order), device=order.device) - first[ids]
+    rank = torch.arange(len(order), device=order.device) - sequence_starts(lengths)[ids]
     return torch.empty_like(rank, dtype=torch.bool).index_put((order,), rank < counts[ids])
 
 
@@ -529,7 +549,7 @@ class LayerTrace(NamedTuple):
 class Output(NamedTuple):
     """What the model returns."""
 
-    logits: Tensor  # (B, labels)
+    logits: Tensor  # (B, labels); (T, labels) of a head that answers for each token, in the order given
     # (L, B) if `count`: tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
     kept: Tensor | None
     soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
@@ -539,14 +559,14 @@ class Output(NamedTuple):
 
 
 class Model(nn.Module):
-    """The packed, pruned encoder with a classification or regression head."""
+    """The packed, pruned encoder with its head: an answer a sequence (a class or a score), or an answer a token."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.head = Head(config)
+        self.head = Head(config) if config.head == "sequence" else TokenHead(config)
         self.thresholds = nn.Parameter(
             threshold_ladder(config.final_token_threshold, config.num_hidden_layers), requires_grad=False
         )
@@ -593,14 +613,17 @@ class Model(nn.Module):
         """
         pruning = self.pruning if pruning is None else pruning
         config, L = self.config, len(self.layers)
+        per_token = per_token or config.head != "sequence"
         original_lengths = lengths
         # Which layers can drop anything: where none can, no score is computed and attention takes its fastest form.
         rates = topk_rates(config.token_keep_rate, L)
         thresholds = self.thresholds.tolist() if pruning == "hard" else None
         kept, traces, soft_mask_sum = [], [], None
         tokens = torch.arange(len(token_ids), device=token_ids.device)  # which of the T tokens are still here
-        dropped_tokens, dropped_states = [], []
+        question = segment_ids == 0 if config.protect_question and config.head == "span" else None
         survival = 1.0  # soft pruning: the product of a token's masks so far
+        forwarded = 0.0  # soft pruning: the states that a token left with, weighted by how much of it left
+        dropped_tokens, dropped_states = [], []
 
         x = self.embeddings(token_ids, segment_ids, positions)
         for index, layer in enumerate(self.layers):
@@ -616,24 +639,28 @@ class Model(nn.Module):
             score = trace or prunes and (not cls_only or pruning == "soft" or pruning == "hard" and count)
             x, received = layer.attention_block(x, lengths, score, cls_only)
 
-            first = sequence_starts(lengths)
-            keep = None
+            keep = mask = None
             if score:
                 by_length = config.score_norm == "length"
                 N = original_lengths[sequence_ids(lengths)] if by_length else config.max_seq_length
                 scores = importance(received, config.num_attention_heads, N)
+                first = sequence_starts(lengths)
+                protected = first if question is None else question.nonzero().squeeze(1)
                 if pruning == "soft":
-                    mask = soft_mask(scores, self.thresholds[index], temperature, first)
+                    mask = soft_mask(scores, self.thresholds[index], temperature, protected)
                     soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
+                    if per_token:
+                        forwarded = forwarded + (survival * (1 - mask))[:, None] * x
                     survival = survival * mask
                     soft_count = mask.new_zeros(len(lengths)).index_add(0, sequence_ids(lengths), survival)
-                    if mask_floor:
-                        keep = mask >= mask_floor
-                        mask, survival = mask[keep], survival[keep]
+                    keep = mask >= mask_floor if mask_floor else None
                 elif pruning == "hard" and prunes:
-                    keep = keep_by_threshold(scores, self.thresholds[index], first)
+                    keep = keep_by_threshold(scores, self.thresholds[index], protected)
                 elif pruning == "topk" and prunes:
-                    keep = keep_topk(scores, lengths, topk_counts(original_lengths, rates[index]))
+                    counts = topk_counts(original_lengths, rates[index])
+                    if question is not None:
+                        counts = counts.maximum(sum_by_sequence(question, lengths))
+                    keep = keep_topk(scores, lengths, counts, protected)
                 if trace:
                     everything = torch.ones_like(tokens, dtype=torch.bool)
                     traces.append(LayerTrace(tokens, scores, everything if keep is None else keep))
@@ -645,24 +672,36 @@ class Model(nn.Module):
                     dropped_states.append(x[~keep])
                 if not cls_only:
                     x = x[keep]
+                if mask is not None:
+                    if per_token:
+                        dropped_states[-1] = forwarded[~keep] + survival[~keep, None] * dropped_states[-1]
+                        forwarded = forwarded[keep]
+                    mask, survival = mask[keep], survival[keep]
+                if question is not None:
+                    question = question[keep]
                 if per_token or trace:
                     tokens = tokens[keep]
                 lengths = sum_by_sequence(keep, lengths)
-            elif prunes and pruning == "topk":
+            elif prunes and pruning == "topk" and not score:
                 lengths = topk_counts(original_lengths, rates[index])
             kept.append(soft_count if pruning == "soft" else lengths)
 
             x = layer.feed_forward_block(x)
-            if pruning == "soft":
-                x = x if cls_only else x * mask[:, None].to(x.dtype)  # the first token's mask is 1
+            if mask is not None and not cls_only and index < L - 1:
+                x = x * mask[:, None].to(x.dtype)  # the first token's mask is 1
 
         hidden = None
         if per_token:
+            x = x if mask is None else forwarded + survival[:, None] * x
             order = torch.cat([*dropped_tokens, tokens])
             hidden = torch.cat([*dropped_states, x])[order.argsort()]
-            x = x[sequence_starts(lengths)]
+        if config.head == "sequence":
+            x = x[sequence_starts(lengths)] if per_token else x
+            logits = self.head(x)
+        else:
+            logits = self.head(hidden)
         kept = torch.stack(kept) if count else None
-        return Output(self.head(x), kept, soft_mask_sum, hidden, traces if trace else None)
+        return Output(logits, kept, soft_mask_sum, hidden, traces if trace else None)
 
 
 class Head(nn.Module):
@@ -678,6 +717,19 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.dropout(torch.tanh(self.dense(self.input_dropout(x)))))
+
+
+class TokenHead(nn.Module):
+    """Reads every token's state: (T, D) -> logits (T, labels)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(rate if config.head == "token" else 0.0)
+        self.output = nn.Linear(config.hidden_size, len(config.labels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.dropout(x))
 
 
 def initialize(module: nn.Module, std: float, generator: torch.Generator | None = None) -> None:
@@ -716,8 +768,11 @@ def last_layer_saving(config: Config, entering: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each sequence that `macs` counts and a classifier's last layer does not do.
 
     entering, kept (B,): tokens before and after the last layer's pruning. One query, output projection and feed-forward
-    pass remain (for all tokens' scores, see `count` in `Model.forward`, the queries remain as well).
+    pass remain (for all tokens' scores, see `count` in `Model.forward`, the queries remain as well). A head that answers
+    for each token saves nothing.
     """
+    if config.head != "sequence":
+        return torch.zeros_like(kept)
     D, F = config.hidden_size, config.intermediate_size
     counted = layer_macs(config, entering, kept[None])[0]
     return counted - (2 * D * D * entering + 2 * D * entering + 2 * D * D + 2 * D * F)
@@ -742,30 +797,38 @@ EMBEDDING_NAMES = {
     "segment": "token_type_embeddings",
     "norm": "LayerNorm",
 }
-HEAD_NAMES = {
-    "roberta": {"dense": "classifier.dense", "output": "classifier.out_proj"},
-    "bert": {"dense": "bert.pooler.dense", "output": "classifier"},
-}
-# Tensors that a folder may hold and this encoder has no use for: pretraining heads, poolers that a RoBERTa classifier
-# does not read, position indices, and I-BERT's quantization buffers.
+
+
+def head_names(config: Config) -> dict[str, str]:
+    """Our names of the head's layers -> theirs."""
+    if config.head != "sequence":
+        return {"output": "qa_outputs" if config.head == "span" else "classifier"}
+    if config.family == "bert":
+        return {"dense": "bert.pooler.dense", "output": "classifier"}
+    return {"dense": "classifier.dense", "output": "classifier.out_proj"}
+
+
+# Tensors that a folder may hold and this encoder has no use for: pretraining heads, poolers that the head does not read,
+# position indices, and I-BERT's quantization buffers.
 UNUSED = re.compile(
-    r"^(lm_head|cls|qa_outputs)\.|^(roberta|ibert|ltp)?\.?pooler\.|(^|\.)position_ids$|"
+    r"^(lm_head|cls|qa_outputs)\.|^(roberta|bert)\.pooler\.|(^|\.)position_ids$|"
     r"\.(x_min|x_max|act_scaling_factor|weight_integer|weight_scaling_factor|bias_integer|fc_scaling_factor|shift)$"
 )
 
 
-def tensor_names(name: str, family: str) -> list[str]:
+def tensor_names(name: str, config: Config) -> list[str]:
     """The checkpoint's name of one of our parameters; three for the fused query, key and value.
 
-    >>> tensor_names("layers.0.attention.query_key_value.bias", "bert")[1]
+    >>> tensor_names("layers.0.attention.query_key_value.bias", Config(9, 2, 2, 1, 3, 20, "bert"))[1]
     'bert.encoder.layer.0.attention.self.key.bias'
     """
+    family = config.family
     if name == "thresholds":
         return [THRESHOLDS]
     path, kind = name.rsplit(".", 1)
     group, rest = path.split(".", 1)
     if group == "head":
-        return [f"{HEAD_NAMES[family][rest]}.{kind}"]
+        return [f"{head_names(config)[rest]}.{kind}"]
     if group == "embeddings":
         return [f"{family}.embeddings.{EMBEDDING_NAMES[rest]}.{kind}"]
     number, rest = rest.split(".", 1)
@@ -899,7 +962,9 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     Raises: InputError naming file and tensor for whatever is missing, unknown, of a wrong shape or not finite.
     """
     folder = Path(folder)
-    config = replace(load_config(folder), **changes)
+    config = load_config(folder)
+    found_head = config.head
+    config = replace(config, **changes)
     family = config.family
     # Bare encoders have no prefix; I-BERT and the authors' LTP have their own.
     prefix = re.compile(r"^(roberta|bert|ibert|ltp)\.|^(?=(embeddings|encoder|pooler)\.)")
@@ -909,13 +974,14 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     }
     notes = []
 
-    head_weight = f"{HEAD_NAMES[family]['output']}.weight"
-    old_head = tensors.get(head_weight)
+    head_weight = f"{head_names(config)['output']}.weight"
+    old_head = tensors.get(head_weight) if config.head == found_head else None
     labels = config.labels if labels is None else tuple(labels)
     fits = old_head is not None and len(config.labels) == len(labels)
+    kind = "classification head" if config.head == "sequence" else f"{config.head} head"
     if not fits and not new_head:
         raise InputError(
-            f"{folder}: the classification head ({head_weight}) "
+            f"{folder}: the {kind} ({head_weight}) "
             + ("is missing" if old_head is None else f"has {len(config.labels)} outputs, not {len(labels)}")
             + "; fine-tune this model on the task first"
         )
@@ -923,9 +989,9 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     order = {name.lower(): i for i, name in enumerate(config.labels)}
     if not fits:
         found = "the folder has none" if old_head is None else f"the folder's has {len(config.labels)} outputs"
-        notes.append(f"the classification head is new, with {len(labels)} outputs: {found}")
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
-        head = Head(replace(config, labels=labels))
+        notes.append(f"the {kind} is new, with {len(labels)} outputs: {found}")
+        tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(("classifier.", "qa_outputs."))}
+        head = (Head if config.head == "sequence" else TokenHead)(replace(config, labels=labels))
         initialize(head, config.initializer_range)
         fresh = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     elif set(order) == {name.lower() for name in labels}:
@@ -933,7 +999,7 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
             if name in tensors and tensors[name].shape[:1] == (len(labels),):
                 tensors[name] = tensors[name][[order[label.lower()] for label in labels]]
     elif len(labels) > 1 and not config.labels[0].startswith("LABEL_"):
-        notes.append(f"the classification head for {', '.join(config.labels)} now stands for {', '.join(labels)}")
+        notes.append(f"the {kind} for {', '.join(config.labels)} now stands for {', '.join(labels)}")
     config = replace(config, labels=labels)
     if THRESHOLDS not in tensors:
         theirs = release_thresholds(tensors, config, folder)
@@ -950,7 +1016,7 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
         model = Model(config)
     state = {}
     for name, parameter in model.state_dict().items():
-        names = tensor_names(name, family)
+        names = tensor_names(name, config)
         if name in fresh and names[0] not in tensors:
             state[name] = fresh[name]
             continue
@@ -1005,7 +1071,7 @@ def save_model(folder: str | Path, model: Model) -> None:
     for name, tensor in model.state_dict().items():
         if name == "thresholds" and config.prune_mode != "absolute_threshold":
             continue
-        names = tensor_names(name, config.family)
+        names = tensor_names(name, config)
         tensors |= zip(names, (part.cpu().contiguous() for part in tensor.chunk(len(names))))
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     write_file(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data import SOFT_TARGET, STAGES, InputError, Settings, Source, Tokenizer, load_examples
+from data import STAGES, InputError, Settings, Source, Tokenizer, soft_target
 from model import load_config, write_file
 from train import (
     Process,
@@ -22,6 +22,7 @@ from train import (
     evaluate_checkpoint,
     known_labels,
     length_limit,
+    load_sets,
     run_stage,
     topk_flops,
 )
@@ -74,34 +75,41 @@ def grid_cells(methods: list[str], grid: dict[str, list[Any]], lowest_topk: floa
     return list(cells)
 
 
-def cell_stages(cell: Cell, common: dict[str, Any]) -> Iterator[tuple[str, Settings, PruningOptions]]:
+def usual_settings(stage: str, target_flops: float | None, max_length: int) -> dict[str, Any]:
+    """What a stage's command sets by itself."""
+    return STAGES[stage] | (soft_target(max_length) if stage == "soft" and target_flops else {})
+
+
+def cell_stages(cell: Cell, common: dict[str, Any], max_length: int) -> Iterator[tuple[str, Settings, PruningOptions]]:
     """The stages of a cell with the settings that their commands would have; `common` as for `run_sweep`."""
     for stage in METHODS[cell.method]:
-        point = {k: v for k, v in cell.point if stage == "soft" or "ltp" != AXES[k][-1]}
+        point = {name: value for name, value in cell.point if stage == "soft" or "manual" in AXES[name]}
         epochs = common.get("epochs" if stage == "soft" else "adapt_epochs")
         given = {"epochs": epochs, "batch_size": common.get("batch_size")} | point
-        given = {name: value for name, value in given.items() if value is not None}
-        usual = usual_settings(stage, given)
+        usual = usual_settings(stage, point.get("target_flops"), max_length)
         options = PruningOptions(max_seq_length=common.get("max_seq_length"))
-        if stage == "soft":
-            options.final_token_threshold = usual.pop("final_token_threshold", None)
-        yield stage, Settings(**(usual | given)), options
-
-
-def usual_settings(stage: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What a stage's command sets by itself."""
-    return STAGES[stage] | (SOFT_TARGET if stage == "soft" and given.get("target_flops") else {})
+        options.final_token_threshold = usual.pop("final_token_threshold", None)
+        yield stage, Settings(**(usual | {name: value for name, value in given.items() if value is not None})), options
 
 
 def cell_command(
-    stage: str, settings: Settings, options: PruningOptions, source: Source, restore: Path, distill: Path | None
+    stage: str,
+    settings: Settings,
+    options: PruningOptions,
+    max_length: int,
+    source: Source,
+    restore: Path,
+    distill: Path | None,
 ) -> str:
     """The command that makes a stage of a cell on its own, but for --output."""
-    task = source.task.name if source.task.name != "custom" else None
-    paths = {"task": task, "data": source.path, "dev-data": source.dev_path, "restore": restore, "distill": distill}
-    words = [word for name, value in paths.items() if value for word in (f"--{name}", str(value))]
-    words += ["--max-length", str(options.max_seq_length)] if options.max_seq_length else []
-    usual = asdict(Settings()) | usual_settings(stage, asdict(settings))
+    task, own = source.task, source.task.name == "custom"
+    words = [] if own else ["--task", task.name]
+    paths = {"data": source.path, "dev-data": source.dev_path, "restore": restore, "distill": distill}
+    paths |= {"text-column": task.text, "pair-column": task.pair, "label-column": task.label} if own else {}
+    paths |= {"max-length": options.max_seq_length}
+    words += [word for name, value in paths.items() if value for word in (f"--{name}", str(value))]
+    words += ["--regression"] * (own and task.regression) + ["--tagging"] * (own and task.head == "token")
+    usual = asdict(Settings()) | usual_settings(stage, settings.target_flops, max_length)
     for name, value in asdict(settings).items():
         if value != usual[name]:
             words += [flag(name), str(value)]
@@ -128,18 +136,17 @@ def run_sweep(
     Returns one record a model, the dense one first; the same are in output/results.jsonl. Raises: InputError; Interrupted
     after a signal.
     """
-    config = load_config(restore)
+    config, max_length = load_config(restore), common.get("max_seq_length")
     lowest = None
     if "topk" in methods and grid.get("target_flops"):
-        limit = length_limit(config, restore, common.get("max_seq_length"))
-        sets, _ = load_examples(source, "train", Tokenizer(restore), limit, known_labels(source.task, config))
+        limit = length_limit(config, restore, max_length)
+        sets, _ = load_sets(source, "train", Tokenizer(restore), limit, known_labels(source.task, config))
         lowest = topk_flops(config, torch.from_numpy(sets[""].lengths), -float(config.num_hidden_layers))
         lowest = (int(lowest * 1000) + 1) / 1000
         if min(grid["target_flops"]) < lowest:
             show(
                 f"note: top-k does not prune the first layers and cannot go below {lowest}: it gets that budget instead"
             )
-    max_length = common.get("max_seq_length")
     dense = evaluate_checkpoint(restore, source, process, max_length=max_length, dense=True)
     rows: list[dict[str, Any]] = [{"name": "dense", "method": "dense", "folder": str(restore)} | asdict(dense)]
 
@@ -152,9 +159,10 @@ def run_sweep(
     for number, cell in enumerate(cells, 1):
         show(f"\n{number} of {len(cells)}: {cell.name}")
         previous, commands, views = restore, [], {}
-        for stage, settings, options in cell_stages(cell, common):
+        scale = max_length or config.max_seq_length
+        for stage, settings, options in cell_stages(cell, common, scale):
             folder = output / cell.name / stage
-            command = cell_command(stage, settings, options, source, previous, distill)
+            command = cell_command(stage, settings, options, scale, source, previous, distill)
             commands.append(f"{command} --output {shlex.quote(str(folder))}")
             show(f"$ {commands[-1]}")
             same = {"task": source.task.name, "data": str(source.path), "restore": str(previous)}

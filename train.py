@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 from card import is_ours, write_card
 from data import (
@@ -40,12 +41,14 @@ from data import (
     Source,
     Task,
     Tokenizer,
+    check_room,
     chunked,
     custom_task,
     demo_rows,
     epoch_batches,
     evaluate_predictions,
     is_text,
+    token_batches,
     load_examples,
     pack,
     write_demo,
@@ -65,6 +68,8 @@ from model import (
     topk_rates,
     write_file,
 )
+from squad import Question, choose_text, find_answers, load_questions, make_windows
+from tagging import Sentence, align, load_sentences
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and precision
@@ -209,11 +214,24 @@ def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     return DISTILL_TEMPERATURE**2 * F.kl_div(*soft, reduction="sum", log_target=True)
 
 
-def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss summed over examples: cross-entropy, or squared error where there is one output. (B, C), (B,) -> ()."""
+def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss summed over examples: cross-entropy, or squared error where there is one output. (B, C), (B,) -> ().
+
+    Examples with the target -100 do not count.
+    """
     if logits.size(1) == 1:
-        return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+        return F.mse_loss(logits[:, 0].float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def as_choices(head: str, logits: Tensor, lengths: Tensor) -> Tensor:
+    """What the losses compare, a row a choice: a head's logits as they are, but those of a span head (T, 2) become the
+    choice of the token where the answer starts, and of that where it ends, of each sequence (2 B, n_max)."""
+    if head != "span":
+        return logits
+    # A number so low that it has no probability; of infinities a divergence is not a number.
+    grid = pad_sequence(list(logits.float().split(lengths.tolist())), batch_first=True, padding_value=-1e9)
+    return grid.transpose(1, 2).flatten(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,25 +256,34 @@ class Evaluation:
 
 @torch.inference_mode()
 def predict_examples(
-    model: Model, examples: Examples, process: Process, batch_size: int, pruning: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (N, C) and tokens kept (L, N) of all examples, in their order, on every process.
+    model: Model,
+    examples: Examples,
+    process: Process,
+    batch_size: int,
+    pruning: str | None = None,
+    max_tokens: int | None = None,
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Logits of each of the N examples, (C,) or (n, C), and tokens kept (L, N), in their order, on every process.
 
     Sequences of similar length run together, each process taking every world-th of them.
+    max_tokens: of a batch, where that is fewer than `batch_size` examples have.
     """
     model.eval()
     order = np.argsort(examples.lengths, kind="stable")[process.rank :: process.world]
-    logits = [torch.empty(0, len(model.config.labels))]
+    logits: list[np.ndarray] = []
     kept = [torch.empty(model.config.num_hidden_layers, 0, dtype=torch.int64)]
-    for start in range(0, len(order), batch_size):
-        batch = examples.batch(order[start : start + batch_size]).to(process.device)
+    for chosen in token_batches(order, examples.lengths, batch_size, max_tokens):
+        batch = examples.batch(chosen).to(process.device)
         with process.autocast():
             output = model(*batch, pruning=pruning)
-        logits.append(output.logits.float().cpu())
+        found = output.logits.float().cpu()
+        rows = found if model.config.head == "sequence" else found.split(batch.lengths.tolist())
+        logits += [row.numpy() for row in rows]
         kept.append(output.kept.cpu())
-    parts = process.gather((order, torch.cat(logits).numpy(), torch.cat(kept, 1).numpy()))
+    parts = process.gather((order, logits, torch.cat(kept, 1).numpy()))
     back = np.argsort(np.concatenate([part[0] for part in parts]))
-    return np.concatenate([part[1] for part in parts])[back], np.concatenate([part[2] for part in parts], 1)[:, back]
+    everything = [row for part in parts for row in part[1]]
+    return [everything[i] for i in back], np.concatenate([part[2] for part in parts], 1)[:, back]
 
 
 def evaluate(
@@ -266,19 +293,30 @@ def evaluate(
     process: Process,
     batch_size: int = 32,
     pruning: str | None = None,
+    max_tokens: int | None = None,
+    keep: Callable[[Examples, list[np.ndarray]], Any] = lambda examples, logits: None,
 ) -> Evaluation:
-    """Evaluates on one set, or on several (MNLI's two): the first gives the score, all give metrics and FLOPs."""
-    metrics, scores, losses = {}, [], []
+    """Evaluates on one set, or on several (MNLI's two): the first gives the score, all give metrics and FLOPs.
+
+    keep: called with each set and its logits.
+    """
+    metrics, scores, losses, answers = {}, [], [], 0
     used, dense = 0, 0
     kept_tokens, tokens = np.zeros(model.config.num_hidden_layers), 0
     start = time.perf_counter()
     for suffix, examples in sets.items():
-        logits, kept = predict_examples(model, examples, process, batch_size, pruning)
-        found, score = evaluate_predictions(metric, logits, examples.labels)
+        logits, kept = predict_examples(model, examples, process, batch_size, pruning, max_tokens)
+        found, score = examples.judge(metric, logits)
         metrics |= {f"{name}{suffix}": value for name, value in found.items()}
         scores.append(score)
-        losses.append(float(task_loss(torch.from_numpy(logits), torch.from_numpy(examples.labels))))
+        keep(examples, logits)
         lengths = torch.from_numpy(examples.lengths)
+        for chosen in chunked(range(len(examples)), 1024):
+            rows = [torch.from_numpy(logits[i]) for i in chosen]
+            stacked = torch.stack(rows) if model.config.head == "sequence" else torch.cat(rows)
+            choices = as_choices(model.config.head, stacked, lengths[chosen])
+            losses.append(float(task_loss(choices, examples.targets(np.array(chosen)).flatten())))
+        answers += examples.answers(np.arange(len(examples)))
         used += int(macs(model.config, lengths, torch.from_numpy(kept)).sum())
         dense += int(macs(model.config, lengths, lengths.expand(len(kept), -1)).sum())
         kept_tokens += kept.sum(1)
@@ -288,7 +326,7 @@ def evaluate(
     return Evaluation(
         metrics,
         scores[0],
-        sum(losses) / count,
+        sum(losses) / answers,
         count,
         2e-9 * used / count,
         2e-9 * dense / count,
@@ -403,11 +441,10 @@ def bench_checkpoint(
     else:
         tokenizer = Tokenizer(folder)
         tokenizer.check_fits(model.config.vocab_size, folder)
-        labels = model.config.labels if source.task.labels is None else source.task.labels
+        labels = check_task(folder, model.config, source.task)
         limit = length_limit(model.config, folder, max_length)
-        examples = load_examples(source, "eval", tokenizer, limit, labels)[0][""]
-        chosen = np.sort(generator.permutation(len(examples))[:count])
-        examples = replace(examples, table=examples.table.select(chosen), lengths=examples.lengths[chosen])
+        examples = load_sets(source, "eval", tokenizer, limit, labels)[0][""]
+        examples = examples.select(np.sort(generator.permutation(len(examples))[:count]))
         make = lambda size: sorted_batches(examples, size)  # noqa: E731
         where = source.task.name
     speeds = [measure_speed(model, make(size), process, repeats) for size in batch_sizes]
@@ -524,11 +561,16 @@ def relative_flops(config: Config, lengths: Tensor, kept: Tensor) -> float:
     return float(macs(config, lengths, kept).sum() / macs(config, lengths, lengths.expand(len(kept), -1)).sum())
 
 
-def ask_teacher(folder: Path, source: Source, labels: tuple[str, ...], process: Process, batch_size: int) -> np.ndarray:
-    """A dense model's logits (N, C) of the training examples, tokenized as it wants them. Raises: InputError."""
+def ask_teacher(
+    folder: Path, source: Source, labels: tuple[str, ...], train_set: Examples, process: Process, batch_size: int
+) -> list[np.ndarray]:
+    """A dense model's logits of the training examples, tokenized as it wants them. Raises: InputError."""
     tokenizer, config = Tokenizer(folder), load_config(folder)
     tokenizer.check_fits(config.vocab_size, folder)
-    examples = load_examples(source, "train", tokenizer, length_limit(config, folder, None), labels)[0][""]
+    examples = load_sets(source, "train", tokenizer, length_limit(config, folder, None), labels)[0][""]
+    per_token = source.task.head != "sequence"
+    if config.head != source.task.head or per_token and not np.array_equal(examples.lengths, train_set.lengths):
+        raise InputError(f"--distill {folder}: its answers are not for the same tokens; use a model of the same kind")
     teacher = load_model(folder, labels or config.labels).model.to(process.device).pack()
     return predict_examples(teacher, examples, process, batch_size, "none")[0]
 
@@ -958,6 +1000,7 @@ def backward(
     lengths = torch.from_numpy(examples.lengths[indices])
     tokens = int(lengths.sum())
     dense = int(macs(config, lengths, lengths.expand(config.num_hidden_layers, -1)).sum())
+    answers = max(1, examples.answers(indices))
     total = torch.zeros(2, dtype=torch.float64, device=process.device)
     parts = np.array_split(indices, min(settings.accumulate, len(indices)))
     for i, part in enumerate(parts):
@@ -965,7 +1008,7 @@ def backward(
         weight = process.world if len(share) else 0  # DistributedDataParallel averages, we want sums
         share = share if len(share) else part[:1]  # every process must take part in the exchange of gradients
         batch = examples.batch(share).to(process.device)
-        labels = torch.from_numpy(examples.labels[share]).to(process.device)
+        targets = examples.targets(share).flatten().to(process.device)
         # Gradients are exchanged with the last part's only.
         wait = process.world > 1 and i + 1 < len(parts)
         with replica.no_sync() if wait else contextlib.nullcontext():
@@ -977,10 +1020,14 @@ def backward(
                     mask_floor=settings.mask_floor,
                     count=pruning == "soft",
                 )
-            loss, relative = task_loss(output.logits, labels) / len(indices), 0.0
+            choices = as_choices(config.head, output.logits, batch.lengths)
+            loss, relative = task_loss(choices, targets) / answers, 0.0
             if examples.teacher is not None:
-                teacher = torch.from_numpy(examples.teacher[share]).to(process.device)
-                taught = distillation_loss(output.logits, teacher) / len(indices)
+                rows = [torch.from_numpy(examples.teacher[j]).to(process.device) for j in share]
+                taught = torch.stack(rows) if config.head == "sequence" else torch.cat(rows)
+                taught = as_choices(config.head, taught, batch.lengths)
+                judged = targets >= 0 if config.head == "token" else slice(None)
+                taught = distillation_loss(choices[judged], taught[judged]) / answers
                 loss = (1 - settings.distill_weight) * loss + settings.distill_weight * taught
             if pruning == "soft":
                 relative = macs(config, batch.lengths, output.kept).sum() / dense
@@ -1024,6 +1071,15 @@ class PruningOptions:
     token_keep_rate: float | None = None
     score_norm: str | None = None
     max_seq_length: int | None = None
+    protect_question: bool | None = None
+
+
+def load_sets(
+    source: Source, split: str, tokenizer: Tokenizer, max_length: int, labels: tuple[str, ...] | None
+) -> tuple[dict[str, Examples], tuple[str, ...]]:
+    """`load_examples`, or what stands for it where the answers are parts of the text or tags of its words."""
+    load = {"sequence": load_examples, "span": load_questions, "token": load_sentences}[source.task.head]
+    return load(source, split, tokenizer, max_length, labels)
 
 
 def run_stage(
@@ -1052,7 +1108,13 @@ def run_stage(
     if stage == "hard":
         changes = {"prune_mode": "absolute_threshold"}  # thresholds and their scale are what soft training left
     check_pruning(config, changes)
-    max_length = length_limit(config, restore, options.max_seq_length)
+    if stage != "finetune" and config.head != source.task.head:
+        check_task(restore, config, source.task)
+    asked = options.max_seq_length
+    if stage == "finetune" and not asked and "max_seq_length" not in config.other:
+        asked = min(source.task.max_length, config.max_tokens)
+    max_length = length_limit(config, restore, asked)
+    changes |= {"head": source.task.head} | ({"max_seq_length": asked} if asked and stage != "hard" else {})
 
     tokenizer = Tokenizer(restore)
     tokenizer.check_fits(config.vocab_size, restore)
@@ -1069,8 +1131,8 @@ def run_stage(
         return output, Result(best, best["step"], math.nan)
     # Fine-tuning may change the classes of your own data; later stages keep those of the checkpoint.
     known = source.task.labels if stage == "finetune" else known_labels(source.task, config)
-    train_sets, labels = load_examples(source, "train", tokenizer, max_length, known)
-    dev_sets, _ = load_examples(source, "dev", tokenizer, max_length, labels)
+    train_sets, labels = load_sets(source, "train", tokenizer, max_length, known)
+    dev_sets, _ = load_sets(source, "dev", tokenizer, max_length, labels)
     model, has_thresholds, notes = load_model(restore, labels or ("score",), new_head=True, **changes)
     if stage == "hard" and not has_thresholds:
         raise InputError(f"{restore}: has no learned thresholds; run `soft` first (or `manual` for fixed ones)")
@@ -1098,7 +1160,7 @@ def run_stage(
             notes.append(f"the thresholds are multiplied by {factor:.3f} to meet the target")
     if distill:
         show("asking the teacher ...")
-        train_set.teacher = ask_teacher(distill, source, labels, process, settings.batch_size)
+        train_set.teacher = ask_teacher(distill, source, labels, train_set, process, settings.batch_size)
     for note in notes:
         show(f"note: {note}")
     for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
@@ -1108,6 +1170,7 @@ def run_stage(
     header = {
         "stage": stage,
         "task": source.task.name,
+        **({"head": source.task.head} if source.task.head != "sequence" else {}),
         "data": str(source.path),
         "restore": str(restore),
         "distill": str(distill) if distill else None,
@@ -1176,6 +1239,21 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
         raise InputError(f"topk never prunes the first 3 layers, and this model has {config.num_hidden_layers}")
 
 
+def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...] | None:
+    """The labels that a checkpoint and a task agree on. Raises: InputError if they do not."""
+    labels = config.labels if task.labels is None else task.labels
+    if config.head != task.head:
+        kinds = {"sequence": "classifies texts", "token": "tags words", "span": "finds answers in a text"}
+        raise InputError(f"{folder}: {kinds[config.head]}, which is another kind of task than {task.name}")
+    if max(1, len(labels)) != len(config.labels):
+        hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
+        raise InputError(
+            f"{folder}: has {len(config.labels)} outputs, but {task.name} needs {max(1, len(labels))}; "
+            f"evaluate the checkpoint of a run on this task{hint}"
+        )
+    return labels
+
+
 def evaluate_checkpoint(
     folder: Path,
     source: Source,
@@ -1184,28 +1262,25 @@ def evaluate_checkpoint(
     max_length: int | None = None,
     dense: bool = False,
     show: Callable[[str], Any] = lambda line: None,
+    max_tokens: int | None = None,
+    keep: Callable[[Examples, list[np.ndarray]], Any] = lambda examples, logits: None,
 ) -> Evaluation:
-    """Evaluates a trained model folder on the source's evaluation set. Raises: InputError."""
+    """Evaluates a trained model folder on the source's evaluation set; `keep` as for `evaluate`. Raises: InputError."""
     config = load_config(folder)
     limit = length_limit(config, folder, max_length)
     tokenizer = Tokenizer(folder)
     tokenizer.check_fits(config.vocab_size, folder)
-    labels = config.labels if source.task.labels is None else source.task.labels
-    if max(1, len(labels)) != len(config.labels):
-        hint = " (scores need --regression)" if len(config.labels) == 1 and source.task.name == "custom" else ""
-        raise InputError(
-            f"{folder}: has {len(config.labels)} outputs, but {source.task.name} needs {max(1, len(labels))}; "
-            f"evaluate the checkpoint of a run on this task{hint}"
-        )
+    labels = check_task(folder, config, source.task)
     model, _, notes = load_model(folder, labels or config.labels)
     model.to(process.device).pack()
-    sets, _ = load_examples(source, "eval", tokenizer, limit, labels)
+    sets, _ = load_sets(source, "eval", tokenizer, limit, labels)
     for note in notes:
         show(f"note: {note}")
     cut = sum(examples.truncated for examples in sets.values())
     if cut:
         show(f"{cut:,} texts longer than {limit} tokens were cut")
-    return evaluate(model, sets, source.task.metric, process, batch_size, "none" if dense else None)
+    pruning = "none" if dense else None
+    return evaluate(model, sets, source.task.metric, process, batch_size, pruning, max_tokens, keep)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1213,18 +1288,35 @@ def evaluate_checkpoint(
 
 
 class Predictor:
-    """Answers records {"text"}, {"text", "text_pair"} or {"token_ids"}: label, logits, tokens, and those kept a layer."""
+    """Answers records, by what the checkpoint does: {"text"}, {"text", "text_pair"} or {"token_ids"} with a label and
+    logits; {"words"} or {"text"} with a label for each word; {"question", "context"} with a part of the context."""
 
-    def __init__(self, folder: Path, process: Process, batch_size: int, max_length: int | None, dense: bool):
-        self.folder, self.process, self.batch_size = folder, process, batch_size
+    def __init__(
+        self,
+        folder: Path,
+        process: Process,
+        batch_size: int,
+        max_length: int | None,
+        dense: bool,
+        max_tokens: int | None = None,
+        no_answer_threshold: float | None = None,
+    ):
+        self.folder, self.process, self.batch_size, self.max_tokens = folder, process, batch_size, max_tokens
         self.model = load_model(folder).model.to(process.device).pack()
         self.tokenizer: Tokenizer | None = None  # read when a text comes: token ids need none
         self.pruning = "none" if dense else None
         self.max_length = length_limit(self.model.config, folder, max_length)
+        self.no_answer_threshold = no_answer_threshold
         self.truncated = 0
 
+    def open_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            self.tokenizer = Tokenizer(self.folder)
+            self.tokenizer.check_fits(self.model.config.vocab_size, self.folder)
+        return self.tokenizer
+
     def encode(self, records: list[tuple[str, Any]]) -> list[tuple[list[int], list[int]]]:
-        """Token and segment ids of records; each comes with a word on where it stands, for errors."""
+        """Token and segment ids of texts; each record comes with a word on where it stands, for errors."""
         encoded: list[Any] = [None] * len(records)
         texts: dict[bool, list[int]] = {False: [], True: []}
         for i, (where, record) in enumerate(records):
@@ -1246,37 +1338,88 @@ class Predictor:
         for pair, indices in texts.items():
             if not indices:
                 continue
-            if self.tokenizer is None:
-                self.tokenizer = Tokenizer(self.folder)
-                self.tokenizer.check_fits(self.model.config.vocab_size, self.folder)
-            smallest = self.tokenizer.backend.num_special_tokens_to_add(pair) + 1
-            if self.max_length < smallest:
-                raise InputError(
-                    f"--max-length {self.max_length}: leaves no room for text; expected at least {smallest}"
-                )
+            tokenizer = self.open_tokenizer()
+            check_room(tokenizer, self.max_length, pair)
             pairs = [records[i][1]["text_pair"] for i in indices] if pair else None
             for i, result in zip(
-                indices, self.tokenizer.encode([records[i][1]["text"] for i in indices], pairs, self.max_length)
+                indices, tokenizer.encode([records[i][1]["text"] for i in indices], pairs, self.max_length)
             ):
                 encoded[i] = (result.token_ids, result.segment_ids)
                 self.truncated += result.truncated
         return encoded
 
     @torch.inference_mode()
-    def answer(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-        """Answers in the records' order; inside, sequences of similar length run together."""
-        encoded = self.encode(records)
-        answers: list[Any] = [None] * len(encoded)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
+    def run(self, encoded: list[tuple[list[int], list[int]]]) -> list[tuple[Tensor, list[int]]]:
+        """Logits, (C,) or (n, C), and tokens kept a layer, of each; inside, sequences of similar length run together."""
+        found: list[Any] = [None] * len(encoded)
+        lengths = np.array([len(ids) for ids, _ in encoded])
+        for part in token_batches(np.argsort(lengths, kind="stable"), lengths, self.batch_size, self.max_tokens):
             batch = pack([encoded[i][0] for i in part], [encoded[i][1] for i in part]).to(self.process.device)
             with self.process.autocast():
                 output = self.model(*batch, pruning=self.pruning)
-            for i, logits, kept in zip(part, output.logits.float().tolist(), output.kept.T.tolist()):
-                labels = self.model.config.labels
-                label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
-                answers[i] = {"label": label, "logits": logits, "tokens": len(encoded[i][0]), "kept": kept}
+            rows = output.logits.float().cpu()
+            rows = rows if self.model.config.head == "sequence" else rows.split(lengths[part].tolist())
+            for i, logits, kept in zip(part, rows, output.kept.T.tolist()):
+                found[i] = (logits, kept)
+        return found
+
+    def answer(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        """Answers in the records' order. Raises: InputError naming the record."""
+        return {"sequence": self.classify, "token": self.tag, "span": self.find}[self.model.config.head](records)
+
+    def classify(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        encoded, labels = self.encode(records), self.model.config.labels
+        answers = []
+        for (ids, _), (logits, kept) in zip(encoded, self.run(encoded)):
+            logits = logits.tolist()
+            label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
+            answers.append({"label": label, "logits": logits, "tokens": len(ids), "kept": kept})
+        return answers
+
+    def tag(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        """Words behind the cut get the label O, or the first one where there is no O."""
+        sentences = []
+        for where, record in records:
+            words = record.get("words") if isinstance(record, dict) else None
+            if words is None and isinstance(record, dict) and is_text(record.get("text", 0)):
+                words = record["text"].split()
+            if not isinstance(words, list) or not words or not all(is_text(word) and word.strip() for word in words):
+                raise InputError(f'{where}: expected an object with "words", a list of texts, or with "text"')
+            sentences.append(Sentence(words, None, 0))
+        check_room(self.open_tokenizer(), self.max_length)
+        aligned = align(self.open_tokenizer(), sentences, self.max_length)
+        labels = self.model.config.labels
+        outside = "O" if "O" in labels else labels[0]
+        answers = []
+        for sentence, result, (logits, kept) in zip(
+            sentences, aligned, self.run([(a.token_ids, a.segment_ids) for a in aligned])
+        ):
+            found = [labels[i] for i in logits[result.first].argmax(1).tolist()]
+            found += [outside] * (len(sentence.words) - len(found))
+            self.truncated += result.truncated
+            answers.append({"words": sentence.words, "labels": found, "tokens": len(result.token_ids), "kept": kept})
+        return answers
+
+    def find(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        """Tokens are those of all windows of a context, and so are those kept."""
+        questions = []
+        for i, (where, record) in enumerate(records):
+            texts = [record.get(key) for key in ("question", "context")] if isinstance(record, dict) else [None]
+            if not all(is_text(text) and text.strip() for text in texts):
+                raise InputError(f'{where}: expected an object with "question" and "context"')
+            questions.append(Question(str(i), *texts, ()))
+        windows = make_windows(self.open_tokenizer(), questions, self.max_length, self.max_length // 3)
+        found = self.run([(window.token_ids, window.segment_ids) for window in windows])
+        spans = find_answers(questions, windows, [logits.numpy() for logits, _ in found])
+        answers = []
+        for i, (best, no_answer) in enumerate(spans):
+            own = [j for j, window in enumerate(windows) if window.question == i]
+            text = choose_text(best, no_answer, self.no_answer_threshold)
+            place = {"start": best[0].start, "end": best[0].end, "score": best[0].score} if text else {}
+            tokens = sum(len(windows[j].token_ids) for j in own)
+            kept = np.sum([found[j][1] for j in own], 0).tolist()
+            null = {"no_answer_score": no_answer if best else None}
+            answers.append({"answer": text, **place, **null, "tokens": tokens, "kept": kept})
         return answers
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import random_sequences, small_model
 
-from data import SOFT_TARGET
+from data import soft_target
 from ltp import main
 from model import load_model, save_model
 
@@ -22,6 +22,7 @@ COMMANDS = (
     "hard",
     "topk",
     "manual",
+    "sweep",
     "eval",
     "bench",
     "predict",
@@ -97,7 +98,7 @@ def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_p
     teacher = ("--distill", runs / "finetune")
     run("soft", *options, *teacher, "--restore", runs / "finetune", "--output", tmp_path / "soft")
     start = json.loads((tmp_path / "soft" / "log.jsonl").read_text().splitlines()[0])
-    wanted = SOFT_TARGET | {"temperature": 3e-3}
+    wanted = soft_target(128) | {"temperature": 3e-3}
     assert start["final_token_threshold"] == wanted.pop("final_token_threshold")
     assert {name: start["settings"][name] for name in wanted} == wanted
     assert start["settings"]["target_flops"] == 0.6 and start["distill"] == str(runs / "finetune")
@@ -228,7 +229,7 @@ def test_demo(tmp_path):
         "hard",
         "topk",
         "manual",
-        "measured speed",
+        "speed at 128",
         "layer 6",
         "python ltp.py finetune --task MRPC",
     ):

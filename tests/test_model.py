@@ -74,7 +74,7 @@ def test_soft_mask_is_half_at_the_threshold_and_one_at_the_first_token():
 def test_keep_topk_by_hand():
     #                          first sequence        | second
     importance = torch.tensor([0.0, 0.9, 0.1, 0.5, 0.5, 0.2, 0.8, 0.7])
-    keep = keep_topk(importance, torch.tensor([5, 3]), torch.tensor([3, 2]))
+    keep = keep_topk(importance, torch.tensor([5, 3]), torch.tensor([3, 2]), protected=torch.tensor([0, 5]))
     assert keep.tolist() == [True, True, False, True, False, True, True, False]  # of the equal 0.5 the left one
 
 
