@@ -720,7 +720,7 @@ def load_examples(
 
 
 def _read_columns(table: datasets.Dataset, *names: str) -> Iterator[tuple]:
-    """The values of columns, row by row, a part of the file at a time: 200 times faster than the table's own iterator."""
+    """The values of columns, row by row, a part of the file at a time: 200 times faster than the table's iterator."""
     for part in table.data.to_batches():
         yield from zip(*(part.column(name).to_pylist() for name in names))
 
@@ -821,7 +821,7 @@ def pack(token_ids: list[list[int]], segment_ids: list[list[int]] | None = None)
 def token_batches(
     order: np.ndarray, lengths: np.ndarray, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Cuts `order` into batches of at most `batch_size` examples and, but for a longer one alone, `max_tokens` tokens."""
+    """Cuts `order` into batches of at most `batch_size` examples and `max_tokens` tokens; a longer one stands alone."""
     start = 0
     while start < len(order):
         stop = start + batch_size

@@ -34,7 +34,7 @@ class SingleSequence(nn.Module):
         ids = input_ids[0]
         n, H = ids.size(0), config.num_attention_heads
         segments = torch.zeros_like(ids) if token_type_ids is None else token_type_ids[0]
-        first = ids.new_zeros(1)
+        protected = torch.arange(n) == 0
         original = left = torch.ones_like(ids).sum()
         rates = topk_rates(config.token_keep_rate, L)
         kept = []
@@ -55,13 +55,13 @@ class SingleSequence(nn.Module):
             if hard or topk and index < L - 1:
                 scores = importance(probs.sum((0, 1)), H, n if config.score_norm == "length" else config.max_seq_length)
                 if hard:
-                    keep = keep_by_threshold(scores, model.thresholds[index], first)
+                    keep = keep_by_threshold(scores, model.thresholds[index], protected)
                 else:
                     keep = keep_highest(scores, topk_counts(original, rates[index]))
             left = keep.sum() if keep is not None else topk_counts(original, rates[index]) if topk else left
             kept.append(left)
             if keep is not None and index < L - 1:
-                x = x[keep]
+                x, protected = x[keep], protected[keep]
             x = layer.feed_forward_block(x)
         return model.head(x[:1]), torch.stack(kept)
 

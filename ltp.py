@@ -232,7 +232,7 @@ SCORE_NORM = click.option(
 PROTECT = click.option(
     "--protect-question/--prune-question",
     default=None,
-    help="SQuAD: whether the question's tokens are safe from pruning.  [default: the checkpoint's, else --prune-question]",
+    help="SQuAD: whether the question's tokens are safe from pruning.  [default: the checkpoint's, else they are not]",
 )
 MAX_TOKENS = click.option(
     "--max-tokens", type=click.IntRange(1), help="Tokens run together, where that is fewer than --batch-size texts."
@@ -377,7 +377,8 @@ def make_source(given: dict[str, Any]) -> Any:
     if given["task"]:
         if any(columns) or given["regression"] or given["tagging"]:
             raise InputError(
-                "--task knows its data; leave --text-column, --pair-column, --label-column, --regression and --tagging away"
+                "--task knows its data; leave --text-column, --pair-column, --label-column, --regression and "
+                "--tagging away"
             )
         return Source(find_task(given["task"]), given["data"], given["dev_data"])
     if not given["data"]:
@@ -563,7 +564,8 @@ def bench(**given: Any) -> None:
     "--no-answer-threshold",
     type=float,
     metavar="T",
-    help="Questions: answer nothing where no_answer_score is above T; 0 takes what is likelier.  [default: always answer]",
+    help="Questions: answer nothing where no_answer_score is above T; 0 takes what is likelier.  "
+    "[default: always answer]",
 )
 @click.option(
     "--max-length",
@@ -720,9 +722,9 @@ def sweep_command(**given: Any) -> None:
     python ltp.py sweep --task MRPC --restore CKPT_of_finetune --method ltp --lambda 0.05 --lambda 0.1 --output lambdas
 
     Each cell is trained as its own commands would (they are shown), one after the other, in DIR/CELL/STAGE. The same
-    command again goes on where it was stopped and skips what is done; a larger grid adds to a smaller one. DIR/results.jsonl
-    has a line for each model, DIR/frontier.png the figure (needs matplotlib). Speed is measured at the end, beside dense,
-    and should find an idle machine; delete a cell's speed.json to measure it again.
+    command again goes on where it was stopped and skips what is done; a larger grid adds to a smaller one.
+    DIR/results.jsonl has a line for each model, DIR/frontier.png the figure (needs matplotlib). Speed is measured at the
+    end, beside dense, and should find an idle machine; delete a cell's speed.json to measure it again.
     """
     source = make_source(given)
     with screen() as (show, progress):

@@ -294,17 +294,17 @@ def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
 def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, protected: Tensor) -> Tensor:
     """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the protected tokens (the first of each sequence).
 
-    importance (T,), threshold (), protected (P,) indices -> (T,) in (0, 1]. Its gradient reaches scores and threshold.
+    importance (T,), threshold (), protected (T,) bool -> (T,) in (0, 1]. Its gradient reaches scores and threshold.
     """
-    return torch.sigmoid((importance - threshold) / temperature).index_fill(0, protected, 1.0)
+    return torch.sigmoid((importance - threshold) / temperature).masked_fill(protected, 1.0)
 
 
 def keep_by_threshold(importance: Tensor, threshold: Tensor, protected: Tensor) -> Tensor:
     """A token survives if s >= θ, equation 4 of the paper; protected ones always do.
 
-    importance (T,), threshold (), protected (P,) indices -> keep (T,) bool.
+    importance (T,), threshold (), protected (T,) bool -> keep (T,) bool.
     """
-    return (importance >= threshold).index_fill(0, protected, True)
+    return (importance >= threshold) | protected
 
 
 def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
@@ -325,11 +325,11 @@ def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
 def keep_topk(importance: Tensor, lengths: Tensor, counts: Tensor, protected: Tensor) -> Tensor:
     """The `counts` (B,) most important tokens of each sequence survive, protected ones first; ties go to the left.
 
-    importance (T,), lengths (B,), protected (P,) indices, of a sequence no more than its count -> keep (T,) bool.
+    importance (T,), lengths (B,), protected (T,) bool, of a sequence no more than its count -> keep (T,) bool.
     """
     ids = sequence_ids(lengths)
     # Sort by importance, then stably by sequence: each sequence's tokens stand together, best first.
-    order = importance.index_fill(0, protected, math.inf).argsort(descending=True, stable=True)
+    order = importance.masked_fill(protected, math.inf).argsort(descending=True, stable=True)
     order = order[ids[order].argsort(stable=True)]
     rank = torch.arange(len(order), device=order.device) - sequence_starts(lengths)[ids]
     return torch.empty_like(rank, dtype=torch.bool).index_put((order,), rank < counts[ids])
@@ -572,7 +572,7 @@ class Model(nn.Module):
         )
 
     def pack(self) -> Model:
-        """Gives each layer a copy of its weights that a CPU multiplies faster where tokens are few: up to twice as fast at 25.
+        """Gives each layer a copy of its weights that a CPU multiplies faster where tokens are few: twice as fast at 25.
 
         For float32 inference with weights that stay as they are; it takes their memory a second time, and `train` drops
         it. Does nothing on other devices. Returns the model.
@@ -600,7 +600,7 @@ class Model(nn.Module):
         trace: bool = False,
         count: bool = True,
     ) -> Output:
-        """Classifies a packed batch.
+        """Answers for a packed batch.
 
         token_ids, segment_ids, positions (T,): the sequences one after the other; positions count from 0 in each.
         lengths (B,): their lengths, each at least 1.
@@ -615,28 +615,25 @@ class Model(nn.Module):
         config, L = self.config, len(self.layers)
         per_token = per_token or config.head != "sequence"
         original_lengths = lengths
-        # Which layers can drop anything: where none can, no score is computed and attention takes its fastest form.
         rates = topk_rates(config.token_keep_rate, L)
         thresholds = self.thresholds.tolist() if pruning == "hard" else None
         kept, traces, soft_mask_sum = [], [], None
-        tokens = torch.arange(len(token_ids), device=token_ids.device)  # which of the T tokens are still here
-        question = segment_ids == 0 if config.protect_question and config.head == "span" else None
-        survival = 1.0  # soft pruning: the product of a token's masks so far
-        forwarded = 0.0  # soft pruning: the states that a token left with, weighted by how much of it left
-        dropped_tokens, dropped_states = [], []
 
         x = self.embeddings(token_ids, segment_ids, positions)
+        # Of each token that is still here: which of the T it is, whether it may go, and its masks' product (soft).
+        tokens = torch.arange(len(x), device=x.device)
+        protected = torch.zeros_like(tokens, dtype=torch.bool).index_fill(0, sequence_starts(lengths), True)
+        if config.head == "span" and config.protect_question:
+            protected = protected | (segment_ids == 0)
+        survival = torch.ones(len(x), device=x.device)
+        hidden = torch.zeros_like(x) if per_token else None  # states of tokens that have gone
+
         for index, layer in enumerate(self.layers):
             cls_only = index == L - 1 and not per_token  # a classifier reads nothing else of the last layer
-            prunes = (
-                pruning == "soft"
-                or pruning == "hard"
-                and thresholds[index] > 0
-                or pruning == "topk"
-                and rates[index] < 1
-            )
-            # In the last layer scores change no logits, but the soft regulariser; they tell what a threshold keeps.
-            score = trace or prunes and (not cls_only or pruning == "soft" or pruning == "hard" and count)
+            # Where nothing can be dropped no score is computed, and attention takes its fastest form. In the last layer
+            # scores change no logits, but the soft regulariser; and they tell what a threshold keeps.
+            hard, topk = pruning == "hard" and thresholds[index] > 0, pruning == "topk" and rates[index] < 1
+            score = trace or pruning == "soft" or hard and (count or not cls_only) or topk and not cls_only
             x, received = layer.attention_block(x, lengths, score, cls_only)
 
             keep = mask = None
@@ -644,60 +641,44 @@ class Model(nn.Module):
                 by_length = config.score_norm == "length"
                 N = original_lengths[sequence_ids(lengths)] if by_length else config.max_seq_length
                 scores = importance(received, config.num_attention_heads, N)
-                first = sequence_starts(lengths)
-                protected = first if question is None else question.nonzero().squeeze(1)
                 if pruning == "soft":
                     mask = soft_mask(scores, self.thresholds[index], temperature, protected)
                     soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
                     if per_token:
-                        forwarded = forwarded + (survival * (1 - mask))[:, None] * x
+                        hidden = hidden.index_add(0, tokens, (survival * (1 - mask))[:, None] * x)
                     survival = survival * mask
                     soft_count = mask.new_zeros(len(lengths)).index_add(0, sequence_ids(lengths), survival)
                     keep = mask >= mask_floor if mask_floor else None
-                elif pruning == "hard" and prunes:
+                elif hard:
                     keep = keep_by_threshold(scores, self.thresholds[index], protected)
-                elif pruning == "topk" and prunes:
-                    counts = topk_counts(original_lengths, rates[index])
-                    if question is not None:
-                        counts = counts.maximum(sum_by_sequence(question, lengths))
+                elif topk:
+                    counts = topk_counts(original_lengths, rates[index]).maximum(sum_by_sequence(protected, lengths))
                     keep = keep_topk(scores, lengths, counts, protected)
                 if trace:
                     everything = torch.ones_like(tokens, dtype=torch.bool)
                     traces.append(LayerTrace(tokens, scores, everything if keep is None else keep))
 
             # Drop: from here on a pruned token is in no product. (In the last layer x may hold the first tokens only.)
-            if keep is not None and not keep.all():
+            if keep is not None and len(alive := keep.nonzero().squeeze(1)) < len(keep):
                 if per_token:
-                    dropped_tokens.append(tokens[~keep])
-                    dropped_states.append(x[~keep])
-                if not cls_only:
-                    x = x[keep]
-                if mask is not None:
-                    if per_token:
-                        dropped_states[-1] = forwarded[~keep] + survival[~keep, None] * dropped_states[-1]
-                        forwarded = forwarded[keep]
-                    mask, survival = mask[keep], survival[keep]
-                if question is not None:
-                    question = question[keep]
-                if per_token or trace:
-                    tokens = tokens[keep]
+                    gone = (~keep).nonzero().squeeze(1)
+                    hidden = hidden.index_add(0, tokens[gone], survival[gone, None] * x[gone])
+                x = x if cls_only else x[alive]
+                tokens, protected, survival = tokens[alive], protected[alive], survival[alive]
+                mask = None if mask is None else mask[alive]
                 lengths = sum_by_sequence(keep, lengths)
-            elif prunes and pruning == "topk" and not score:
+            elif topk and not score:
                 lengths = topk_counts(original_lengths, rates[index])
             kept.append(soft_count if pruning == "soft" else lengths)
 
             x = layer.feed_forward_block(x)
-            if mask is not None and not cls_only and index < L - 1:
-                x = x * mask[:, None].to(x.dtype)  # the first token's mask is 1
+            if mask is not None and index < L - 1:
+                x = x * mask[:, None].to(x.dtype)
 
-        hidden = None
         if per_token:
-            x = x if mask is None else forwarded + survival[:, None] * x
-            order = torch.cat([*dropped_tokens, tokens])
-            hidden = torch.cat([*dropped_states, x])[order.argsort()]
+            hidden = hidden.index_add(0, tokens, survival[:, None] * x)
         if config.head == "sequence":
-            x = x[sequence_starts(lengths)] if per_token else x
-            logits = self.head(x)
+            logits = self.head(x[sequence_starts(lengths)] if per_token else x)
         else:
             logits = self.head(hidden)
         kept = torch.stack(kept) if count else None
@@ -768,8 +749,8 @@ def last_layer_saving(config: Config, entering: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each sequence that `macs` counts and a classifier's last layer does not do.
 
     entering, kept (B,): tokens before and after the last layer's pruning. One query, output projection and feed-forward
-    pass remain (for all tokens' scores, see `count` in `Model.forward`, the queries remain as well). A head that answers
-    for each token saves nothing.
+    pass remain (and where all tokens are scored, see `count` in `Model.forward`, the queries). A head that answers for
+    each token saves nothing.
     """
     if config.head != "sequence":
         return torch.zeros_like(kept)
@@ -808,8 +789,8 @@ def head_names(config: Config) -> dict[str, str]:
     return {"dense": "classifier.dense", "output": "classifier.out_proj"}
 
 
-# Tensors that a folder may hold and this encoder has no use for: pretraining heads, poolers that the head does not read,
-# position indices, and I-BERT's quantization buffers.
+# Tensors that a folder may hold and this encoder has no use for: pretraining heads, poolers that the head does not
+# read, position indices, and I-BERT's quantization buffers.
 UNUSED = re.compile(
     r"^(lm_head|cls|qa_outputs)\.|^(roberta|bert)\.pooler\.|(^|\.)position_ids$|"
     r"\.(x_min|x_max|act_scaling_factor|weight_integer|weight_scaling_factor|bias_integer|fc_scaling_factor|shift)$"
@@ -891,7 +872,8 @@ def find_model(name: str) -> Path:
         return folder
     except Exception as error:  # offline, unknown or private: the library's errors have no common class
         raise InputError(
-            f"--restore {name}: no such folder here, and the hub gave no model of that name{' and revision' if on_hub[2] else ''} ({type(error).__name__})"
+            f"--restore {name}: no such folder here, and the hub gave no model of that name"
+            f"{' and revision' if on_hub[2] else ''} ({type(error).__name__})"
         ) from None
 
 

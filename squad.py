@@ -430,7 +430,7 @@ class SpanExamples(Examples):
         return {q.id: choose_text(best, score, threshold) for q, (best, score) in zip(self.questions, found)}
 
     def nbest(self, found: list[tuple[list[Answer], float]]) -> dict[str, dict]:
-        """The best answers to each question by its id, and how much better "no answer" scores; None if there are none."""
+        """The best answers to each question by its id, and how much better "no answer" scores (None: there are none)."""
         return {
             q.id: {"no_answer_score": score if best else None, "answers": [answer._asdict() for answer in best]}
             for q, (best, score) in zip(self.questions, found)

@@ -1,4 +1,4 @@
-"""A grid of pruned models of one task, trained one after the other: what accuracy does which share of the FLOPs give?"""
+"""A grid of pruned models of one task, trained one after the other: which accuracy for which share of the FLOPs?"""
 
 from __future__ import annotations
 
@@ -132,9 +132,10 @@ def run_sweep(
     """Trains every cell of the grid that `output` does not hold yet, and goes on with an interrupted one.
 
     restore: the fine-tuned dense model. grid: setting -> its values. common: settings of all cells ("epochs" of soft
-    training, "adapt_epochs" of the others, "batch_size", "max_seq_length"). speed: measure each model beside dense once all are trained.
-    Returns one record a model, the dense one first; the same are in output/results.jsonl. Raises: InputError; Interrupted
-    after a signal.
+    training, "adapt_epochs" of the others, "batch_size", "max_seq_length"). speed: measure each model beside dense, once
+    all are trained.
+    Returns one record a model, the dense one first; the same are in output/results.jsonl.
+    Raises: InputError; Interrupted after a signal.
     """
     config, max_length = load_config(restore), common.get("max_seq_length")
     lowest = None

@@ -305,7 +305,10 @@ class TaggedExamples(Examples):
 def load_sentences(
     source: Source, split: str, tokenizer: Tokenizer, max_length: int, labels: tuple[str, ...] | None = None
 ) -> tuple[dict[str, TaggedExamples], tuple[str, ...]]:
-    """Reads and tokenizes a split, as `data.load_examples`: {"": examples} and the labels, "O" first. Raises: InputError."""
+    """Reads and tokenizes a split, as `data.load_examples`: {"": examples} and the labels, "O" first.
+
+    Raises: InputError.
+    """
     import datasets
     import numpy as np
     import pyarrow.compute as pc

@@ -187,7 +187,7 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table there.")
 @torch.inference_mode()
 def main(size, batch_size, examples, length, by_length, repeats, reductions, compile, others, seed, json_file) -> None:
-    """Times a dense RoBERTa and its pruned versions against other libraries, in turn, in random order, medians after a warm-up."""
+    """Times a dense RoBERTa and its pruned versions against other libraries, in turn, medians after a warm-up."""
     torch.manual_seed(seed)
     keep_freed_memory()
     config = Config(vocab_size=1000, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SIZES[size])

@@ -485,7 +485,7 @@ def test_keep_highest_is_keep_topk_of_one_sequence():
     for n in (1, 2, 7, 30):
         scores = torch.randint(0, 4, (n,), generator=generator) / 4  # with ties
         for count in range(1, n + 1):
-            wanted = keep_topk(scores, torch.tensor([n]), torch.tensor([count]), protected=torch.tensor([0]))
+            wanted = keep_topk(scores, torch.tensor([n]), torch.tensor([count]), torch.arange(n) == 0)
             assert keep_highest(scores, torch.tensor(count)).tolist() == wanted.tolist()
 
 

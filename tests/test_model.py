@@ -55,9 +55,10 @@ def test_threshold_ladder_counts_layers_from_one():
 
 def test_keep_by_threshold_keeps_ties_and_first_tokens():
     importance = torch.tensor([0.0, 0.3, 0.2, 0.1, 0.5])
-    keep = keep_by_threshold(importance, torch.tensor(0.2), torch.tensor([0, 3]))
+    protected = torch.arange(len(importance)) % 3 == 0  # the first tokens of two sequences
+    keep = keep_by_threshold(importance, torch.tensor(0.2), protected)
     assert keep.tolist() == [True, True, True, True, True]
-    assert keep_by_threshold(importance, torch.tensor(0.25), torch.tensor([0, 3])).tolist() == [
+    assert keep_by_threshold(importance, torch.tensor(0.25), protected).tolist() == [
         True,
         True,
         False,
@@ -67,14 +68,14 @@ def test_keep_by_threshold_keeps_ties_and_first_tokens():
 
 
 def test_soft_mask_is_half_at_the_threshold_and_one_at_the_first_token():
-    mask = soft_mask(torch.tensor([0.0, 0.02, 0.03]), torch.tensor(0.02), 0.01, torch.tensor([0]))
+    mask = soft_mask(torch.tensor([0.0, 0.02, 0.03]), torch.tensor(0.02), 0.01, torch.tensor([True, False, False]))
     assert torch.allclose(mask, torch.tensor([1.0, 0.5, 1 / (1 + torch.e**-1)]))
 
 
 def test_keep_topk_by_hand():
     #                          first sequence        | second
     importance = torch.tensor([0.0, 0.9, 0.1, 0.5, 0.5, 0.2, 0.8, 0.7])
-    keep = keep_topk(importance, torch.tensor([5, 3]), torch.tensor([3, 2]), protected=torch.tensor([0, 5]))
+    keep = keep_topk(importance, torch.tensor([5, 3]), torch.tensor([3, 2]), torch.arange(8) % 5 == 0)
     assert keep.tolist() == [True, True, False, True, False, True, True, False]  # of the equal 0.5 the left one
 
 
