@@ -348,7 +348,7 @@ def plot_tradeoff(runs: list[Run]) -> Any:
             panel.axhline(value, color="#888888", linestyle="--", linewidth=1, zorder=0)
     note = ", bars: one standard error" if metric == "accuracy" else ""
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=f"{metric}{note}", xlim=(0, 1.05))
-    panel.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
     return figure
 
 
@@ -378,7 +378,7 @@ def plot_frontier(rows: list[dict[str, Any]]) -> Any:
         if single:
             panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look_of(i))
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
-    panel.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -650,9 +650,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
     """
     if pairs and len(pairs) != len(texts):
         raise click.UsageError(f"{len(texts)} TEXT and {len(pairs)} --pair: pass one --pair for each TEXT, or none")
-    from rich.console import Console
-
-    from look import examine, page, print_example
+    from look import examine, page
     from model import find_model, write_file
     from train import Predictor, start_process
 
@@ -667,9 +665,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
         write_file(given["html_file"], lambda path: path.write_text(html, encoding="utf-8"))
         click.echo(f"{given['html_file']}: open it in a browser")
     else:
-        console = Console(highlight=False)
-        for example in examples:
-            print_example(example, console if console.is_terminal else Console(width=160, highlight=False))
+        print_examples(examples)
     if predictor.truncated:
         click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
 
@@ -856,12 +852,16 @@ def demo(output: Path, overwrite: bool, seed: int, **given: Any) -> None:
     """
     with screen() as (show, progress):
         show("loading ...")
-        from train import run_demo, start_process
+        from data import demo_rows
+        from look import examine
+        from train import Predictor, run_demo, start_process
 
         process = start_process(given["device"], given["precision"], given["threads"], seed)
-        result = run_demo(output, seed, overwrite, process, show, progress)
-    evaluation_table(result.rows)
-    print_survivors(result.tokens, result.survivors, result.label)
+        rows = run_demo(output, seed, overwrite, process, show, progress)
+    evaluation_table(rows)
+    click.echo("\nOne example, and what is left of it after each layer:")
+    predictor = Predictor(output / "hard", process, 1, None, dense=False)
+    print_examples(examine(predictor, [("example", demo_rows(1, seed)[0])]))
     click.echo(
         "\nOn real data (GLUE from the hub, or --data with your own files):\n"
         "  python ltp.py finetune --task MRPC --restore roberta-base\n"
@@ -940,6 +940,17 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     Console(width=None if console.is_terminal else 160).print(table)
 
 
+def print_examples(examples: list[dict[str, Any]]) -> None:
+    """Prints each text once a layer on standard output."""
+    from rich.console import Console
+
+    from look import print_example
+
+    console = Console(highlight=False)
+    for example in examples:
+        print_example(example, console if console.is_terminal else Console(width=160, highlight=False))
+
+
 def speed_table(result: dict[str, Any]) -> None:
     """Prints what `bench` measured, and under which conditions."""
     from rich.console import Console
@@ -976,14 +987,6 @@ def speed_table(result: dict[str, Any]) -> None:
     conditions = dict(result["conditions"])
     conditions["peak_memory"] = f"{conditions.pop('peak_memory_bytes') / 2**20:.0f} MiB"
     click.echo("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in conditions.items()))
-
-
-def print_survivors(tokens: list[str], layers: list[set[int]], label: str) -> None:
-    """Prints a text once a layer, a dropped token as a dot."""
-    click.echo(f"\nOne example, predicted {label}; what is left of it after each layer:\n")
-    click.echo(f"  input    {' '.join(tokens)}")
-    for number, alive in enumerate(layers, 1):
-        click.echo(f"  layer {number}  " + " ".join(t if i in alive else "·" for i, t in enumerate(tokens)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ from data import (
     check_room,
     chunked,
     custom_task,
-    demo_rows,
     epoch_batches,
     evaluate_predictions,
     is_text,
@@ -1493,17 +1492,13 @@ DEMO_CONFIG = dict(
 )
 
 
-class DemoResult(NamedTuple):
-    rows: list[tuple[str, dict[str, Any]]]  # a stage and its evaluation, with "speedup"
-    label: str  # the LTP model's answer to the example
-    tokens: list[str]
-    survivors: list[set[int]]  # (L,) places of the example's tokens that leave each layer
-
-
 def run_demo(
     folder: Path, seed: int, overwrite: bool, process: Process, show: Callable, progress: Callable
-) -> DemoResult:
-    """Makes data, tokenizer and an untrained model, and runs every stage on them as the commands would."""
+) -> list[tuple[str, dict[str, Any]]]:
+    """Makes data, tokenizer and an untrained model, and runs every stage on them as the commands would.
+
+    Returns for each stage its evaluation, with the measured "speedup". Raises: InputError.
+    """
     if process.world > 1:
         raise InputError("the demo runs in one process; start it without torchrun")
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
@@ -1559,11 +1554,4 @@ def run_demo(
     for stage, record in rows:
         trained = load_model(folder / stage).model.to(process.device).pack()
         record["speedup"] = {"128": measure_speed(trained, sorted_batches(dev, 128), process).speedup}
-    predictor = Predictor(folder / "hard", process, 1, None, False)
-    text = demo_rows(1, seed)[0]["text"]
-    ((ids, segments),) = predictor.encode([("example", {"text": text})])
-    with torch.inference_mode():
-        output = predictor.model(*pack([ids], [segments]).to(process.device), trace=True)
-    survivors = [set(layer.tokens[layer.keep].tolist()) for layer in output.trace]
-    label = predictor.model.config.labels[int(output.logits.argmax())]
-    return DemoResult(rows, label, predictor.tokenizer.tokens(ids), survivors)
+    return rows

@@ -230,7 +230,7 @@ def test_demo(tmp_path):
         "topk",
         "manual",
         "speed at 128",
-        "layer 6",
+        "One example",
         "python ltp.py finetune --task MRPC",
     ):
         assert word in result.stdout, word
