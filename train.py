@@ -56,6 +56,7 @@ from model import (
     Config,
     Model,
     SelfAttention,
+    TokenHead,
     initialize,
     last_layer_saving,
     load_config,
@@ -1034,11 +1035,13 @@ def backward(
                 loss = loss + settings.regularization * asked
             (loss * weight).backward()
         total += torch.stack([loss, torch.as_tensor(relative, device=loss.device)]).detach().double() * (weight > 0)
-    # A key's bias adds the same to all logits of a query, which softmax ignores: its gradient is 0 but for rounding,
-    # and Adam would blow that up to whole steps in a random direction.
+    # A key's bias adds the same to all logits of a query, and a span head's to those of all tokens, which softmax ignores:
+    # their gradients are 0 but for rounding, and Adam would blow that up to whole steps in a random direction.
     for module in replica.modules():
         if isinstance(module, SelfAttention):
             module.query_key_value.bias.grad.chunk(3)[1].zero_()
+        elif isinstance(module, TokenHead) and config.head == "span":
+            module.output.bias.grad.zero_()
     loss, relative = process.sum(total).tolist()
     return loss, relative
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODES, random_sequences, small_model
+from safetensors.torch import load_file
+from test_distributed import launch
 
 from data import InputError, Settings, Source, Tokenizer, custom_task, find_task, pack
 from model import load_config, load_model, save_model, sum_by_sequence, threshold_ladder
@@ -310,3 +312,21 @@ def test_another_kind_of_task_is_refused(trained, demo):
     source, dense = trained
     with pytest.raises(InputError, match="another kind of task than custom"):
         evaluate_checkpoint(dense, Source(custom_task(None, None, None, False), demo / "data"), Process())
+
+
+@pytest.mark.parametrize("kind", ["questions", pytest.param("tags", marks=pytest.mark.slow)])
+def test_two_processes_train_and_answer_like_one(kind, request, demo, tmp_path):
+    source = request.getfixturevalue(kind)
+    words = ["--data", source.path, *(["--tagging"] if kind == "tags" else ["--task", "SQuAD2"])]
+    for processes in (1, 2):
+        options = ["--restore", demo / "model", "--max-length", 60, "--bs", 15, "--epochs", 1, "--lr", "5e-5"]
+        launch(processes, "finetune", *words, *options, "--output", tmp_path / str(processes))
+        record = tmp_path / f"{processes}.json"
+        launch(processes, "eval", *words, "--restore", tmp_path / "1", "--json", record)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    for name in one:
+        # A weight that hardly matters has a gradient of little but rounding, which Adam makes a step of.
+        torch.testing.assert_close(one[name], two[name], atol=3e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "12")
+    for key in ("metrics", "score", "loss", "relative_flops", "kept"):
+        assert one[key] == pytest.approx(two[key], abs=1e-4), key
