@@ -13,7 +13,17 @@ from model import Config, write_file
 MARK = "<!-- Written by ltp.py, which replaces this file as long as this line stands in it. -->"
 SPEED = "\n## Measured speed\n"
 # Our names of metrics -> the hub's, where they differ.
-HUB_METRICS = {"matthews": "matthews_correlation", "macro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
+HUB_METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "macro_f1": "f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "precision": "precision",
+    "recall": "recall",
+    "exact": "exact_match",
+}
 # What a head does on the hub, the class that transformers has for it, and what `predict` takes.
 HEADS = {
     "sequence": ("text-classification", "AutoModelForSequenceClassification", '"a text"'),
@@ -66,13 +76,14 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
     results = [
         EvalResult(
             hub_task,
-            metric_type=HUB_METRICS.get(metric, metric.split("_")[0]),
+            metric_type=HUB_METRICS[metric.removesuffix("_mismatched")],
             metric_name=metric,
             metric_value=round(value, 4),
             dataset_split="validation",
             **dataset,
         )
         for metric, value in record["metrics"].items()
+        if metric.removesuffix("_mismatched") in HUB_METRICS
     ]
     metadata = ModelCardData(
         library_name="transformers",
@@ -94,6 +105,7 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
         f"| {l} | {share:.3f} |" + ("" if threshold is None else f" {threshold:.3g} |")
         for l, (share, threshold) in enumerate(zip(record["kept"], thresholds), 1)
     ]
+    noun = "windows of texts" if config.head == "span" else "examples"
     heading = "| layer | tokens left |" + (" threshold |" if thresholds[0] is not None else "")
     settings = header.get("settings", {})
     shown = ("learning_rate", "batch_size", "epochs", "seed")
@@ -112,7 +124,7 @@ Labels: {", ".join(config.labels)}.
 | | |
 |---|---|
 | task | {header.get("task", "custom")} |
-| data | {dataset["dataset_name"]}, {header.get("examples", 0):,} training and {record["examples"]:,} evaluation examples |
+| data | {dataset["dataset_name"]}, {header.get("examples", 0):,} training and {record["examples"]:,} evaluation {noun} |
 {"".join(f"| {metric} | {value:.4f} |{chr(10)}" for metric, value in record["metrics"].items())}\
 | relative FLOPs | {record["relative_flops"]:.3f} ({record["gflops"]:.3g} of {record["dense_gflops"]:.3g} GFLOPs an example; encoder layers only) |
 | training | {", ".join(f"{key} {settings[key]}" for key in shown if key in settings)}; step {record["step"]} |

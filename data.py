@@ -428,7 +428,7 @@ def read_rows(path: Path, columns: tuple[Any, Any, Any], label_needed: bool = Tr
         raise InputError(f"{path}: no such file")
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}")
-    reader = {".tsv": _read_tsv, ".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_jsonl)
+    reader = {".tsv": _read_tsv, ".csv": _read_csv, ".parquet": read_parquet}.get(suffix, read_jsonl)
     wanted = [c for c in columns[: 3 if label_needed else 2] if c is not None]
     line, empty = 0, True
     try:
@@ -505,7 +505,7 @@ def _read_csv(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
                 yield reader.line_num, dict(zip(header, cells))
 
 
-def _read_jsonl(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
+def read_jsonl(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -520,7 +520,7 @@ def _read_jsonl(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
             yield number, record
 
 
-def _read_parquet(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
+def read_parquet(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -587,7 +587,8 @@ class Source:
         if split != "train" and len(self.task.dev) == 1:
             names += ["validation", "valid", "testa"]
         if self.task.head == "span":
-            names += [f"{name}-{version}" for version in ("v2.0", "v1.1") for name in names[:1]]
+            versions = ("v2.0", "v1.1") if self.task.name == "SQuAD2" else ("v1.1", "v2.0")
+            names += [f"{names[0]}-{version}" for version in versions]
         suffixes = SUFFIXES + ((".conll", ".txt", ".bio", ".iob", ".iob2") if self.task.head == "token" else ())
         wanted = self.task.name.replace("-", "").lower()
         folders = [
@@ -658,7 +659,7 @@ class Examples:
 
         return torch.from_numpy(self.labels[indices])
 
-    def answers(self, indices: np.ndarray) -> int:
+    def count_targets(self, indices: np.ndarray) -> int:
         """How many answers the loss of a batch is the mean of."""
         return len(indices)
 
@@ -700,7 +701,7 @@ def load_examples(
         if not any(_is_number(name) for name in labels):  # files may also give the classes by their numbers
             ids |= {str(i): i for i in range(len(labels))}
         values = np.empty(len(table), dtype=np.float32 if labels == () else np.int64)
-        for i, (label, line) in enumerate(_read_columns(table, "label", "line")):
+        for i, (label, line) in enumerate(read_columns(table, "label", "line")):
             if labels == ():
                 if not _is_number(label):
                     raise InputError(f"{places[suffix]}, line {line}: the score {label!r} is not a number")
@@ -719,7 +720,7 @@ def load_examples(
     return sets, labels
 
 
-def _read_columns(table: datasets.Dataset, *names: str) -> Iterator[tuple]:
+def read_columns(table: datasets.Dataset, *names: str) -> Iterator[tuple]:
     """The values of columns, row by row, a part of the file at a time: 200 times faster than the table's iterator."""
     for part in table.data.to_batches():
         yield from zip(*(part.column(name).to_pylist() for name in names))

@@ -362,23 +362,27 @@ def plot_frontier(rows: list[dict[str, Any]]) -> Any:
     dense = next(row for row in rows if row["method"] == "dense")
     metric = next(iter(dense["metrics"]))
     panel.axhline(dense["metrics"][metric], color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
-    lines = [(m, d) for m in METHOD_NAMES for d in (True, False)]
-    for i, (method, distilled) in enumerate(lines):
-        found = [row for row in rows if row["method"] == method and row["distilled"] == distilled]
-        groups: dict[tuple, list[tuple[float, float]]] = {}
-        for row in found:
-            point = tuple(row.get(axis) for axis in ("target_flops", "regularization", "temperature", "learning_rate"))
-            groups.setdefault(point, []).append((row["relative_flops"], row["metrics"][metric]))
-        if not found:
-            continue
+    # A line for each way of training, a point on it for each budget (or λ), over seeds.
+    lines: dict[str, dict[Any, list[tuple[float, float]]]] = {}
+    for row in sorted(rows, key=lambda row: [*METHOD_NAMES, "dense"].index(row["method"])):
+        if row["method"] != "dense":
+            label = METHOD_NAMES[row["method"]] + ("" if row["distilled"] else ", not distilled")
+            for axis, sign in (
+                ("temperature", "τ"),
+                ("threshold_learning_rate", "rate of θ"),
+                ("learning_rate", "rate"),
+            ):
+                label += f", {sign} {row[axis]:g}" if axis in row else ""
+            points = lines.setdefault(label, {}).setdefault((row.get("target_flops"), row.get("regularization")), [])
+            points.append((row["relative_flops"], row["metrics"][metric]))
+    for i, (label, groups) in enumerate(lines.items()):
         means = sorted(tuple(np.mean(points, 0)) for points in groups.values())
-        label = METHOD_NAMES[method] + ("" if distilled else ", not distilled")
         panel.plot(*zip(*means), label=label, markersize=7, **look_of(i))
         single = [point for points in groups.values() if len(points) > 1 for point in points]
         if single:
             panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look_of(i))
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(4, 1 + len(lines)) if len(lines) < 4 else 2, frameon=False)
     return figure
 
 

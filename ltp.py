@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -361,7 +362,8 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
         )
     if process.main:
         evaluation_table([(stage, result.best)])
-        click.echo(f"{result.steps} steps of {result.seconds_per_step:.3f} s (median). Checkpoint: {folder}")
+        time = "" if math.isnan(result.seconds_per_step) else f", {result.seconds_per_step:.3f} s each (median)"
+        click.echo(f"{result.steps} steps{time}. Checkpoint: {folder}")
         following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
         same = ("task", "data", "dev_data", "text_column", "pair_column", "label_column")
         words = [w for name in same if given[name] for w in (f"--{name.replace('_', '-')}", str(given[name]))]
@@ -434,13 +436,12 @@ def eval_command(**given: Any) -> None:
     process = start_process(given["device"], given["precision"], given["threads"])
     show = (lambda line: click.echo(line, err=True)) if process.main else quiet
 
-    def keep(examples: Any, logits: Any) -> None:
-        if process.main and (given["predictions"] or given["nbest"]):
-            found = examples.find(logits)
-            for file, content in ((given["predictions"], examples.texts), (given["nbest"], examples.nbest)):
-                text = json.dumps(content(found), indent=1, ensure_ascii=False) + "\n"
-                if file:
-                    write_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+    def collect(examples: Any, logits: Any) -> None:
+        for file, content in ((given["predictions"], "texts"), (given["nbest"], "nbest")):
+            if file and process.main:
+                found = getattr(examples, content)(examples.find(logits))
+                text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+                write_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
     evaluation = evaluate_checkpoint(
         find_model(given["restore"]),
@@ -451,7 +452,7 @@ def eval_command(**given: Any) -> None:
         given["dense"],
         show,
         given["max_tokens"],
-        keep,
+        collect,
     )
     if not process.main:
         return
@@ -604,8 +605,18 @@ def predict(text: str | None, **given: Any) -> None:
         given["max_tokens"],
         given["no_answer_threshold"],
     )
+    head = predictor.model.config.head
+    if given["no_answer_threshold"] is not None and head != "span":
+        raise InputError(f"--no-answer-threshold is for questions on texts, which {given['restore']} does not answer")
     if text is not None:
-        if predictor.model.config.head == "span":
+        if (given["pair"] is None) == (head == "span") and head != "sequence":
+            hint = (
+                "asks for --pair, the text to find the answer in"
+                if head == "span"
+                else "tags one text; leave --pair away"
+            )
+            raise InputError(f"{given['restore']}: {hint}")
+        if head == "span":
             record = {"question": text, "context": given["pair"]}
         else:
             record = {"text": text} | ({} if given["pair"] is None else {"text_pair": given["pair"]})
@@ -915,6 +926,7 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
 
     table = Table(show_edge=False, pad_edge=False)
     names = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
+    names, others = (names, []) if len(names) <= 4 else (names[:2], names[2:])
     sizes = list(dict.fromkeys(size for _, record in rows for size in record.get("speedup", ())))
     for name in (
         "",
@@ -938,6 +950,9 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
         table.add_row(*cells, " ".join(f"{share:.2f}" for share in record["kept"]))
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
+    for title, record in rows if others else ():
+        found = ", ".join(f"{name.replace('_', ' ')} {record['metrics'][name]:.4f}" for name in others)
+        click.echo(f"{title}: {found}")
 
 
 def print_examples(examples: list[dict[str, Any]]) -> None:

@@ -22,7 +22,9 @@ Departures from the authors' release, where each was a choice:
 - the thresholds are one learnable vector, saved with the weights as `ltp.thresholds`;
 - the regulariser runs over real tokens only, and dropout never touches a score;
 - the top-k rate is clamped at 0, not 0.01;
-- in the last layer a classifier needs the output of the first token only, so only that one is computed.
+- in the last layer a classifier needs the output of the first token only, so only that one is computed;
+- where every token has an answer (questions, tags), a pruned token's is read off the state that it was dropped with; in
+  soft training a token leaves by degrees, and what is read is the mean of its states by how much left when.
 
 Read it top to bottom: configuration, pruning rules, attention, layer, encoder, head, checkpoints, FLOPs.
 """
@@ -630,10 +632,11 @@ class Model(nn.Module):
 
         for index, layer in enumerate(self.layers):
             cls_only = index == L - 1 and not per_token  # a classifier reads nothing else of the last layer
-            # Where nothing can be dropped no score is computed, and attention takes its fastest form. In the last layer
-            # scores change no logits, but the soft regulariser; and they tell what a threshold keeps.
-            hard, topk = pruning == "hard" and thresholds[index] > 0, pruning == "topk" and rates[index] < 1
-            score = trace or pruning == "soft" or hard and (count or not cls_only) or topk and not cls_only
+            drops = pruning == "hard" and thresholds[index] > 0 or pruning == "topk" and rates[index] < 1
+            # Where nothing can be dropped no score is computed, and attention takes its fastest form. Nor is one where
+            # nobody reads what is left, but for counting; how many top-k keeps is known without.
+            read = not cls_only or count and pruning == "hard"
+            score = trace or pruning == "soft" or drops and read
             x, received = layer.attention_block(x, lengths, score, cls_only)
 
             keep = mask = None
@@ -649,9 +652,9 @@ class Model(nn.Module):
                     survival = survival * mask
                     soft_count = mask.new_zeros(len(lengths)).index_add(0, sequence_ids(lengths), survival)
                     keep = mask >= mask_floor if mask_floor else None
-                elif hard:
+                elif drops and pruning == "hard":
                     keep = keep_by_threshold(scores, self.thresholds[index], protected)
-                elif topk:
+                elif drops:
                     counts = topk_counts(original_lengths, rates[index]).maximum(sum_by_sequence(protected, lengths))
                     keep = keep_topk(scores, lengths, counts, protected)
                 if trace:
@@ -667,8 +670,8 @@ class Model(nn.Module):
                 tokens, protected, survival = tokens[alive], protected[alive], survival[alive]
                 mask = None if mask is None else mask[alive]
                 lengths = sum_by_sequence(keep, lengths)
-            elif topk and not score:
-                lengths = topk_counts(original_lengths, rates[index])
+            elif drops and pruning == "topk" and not score:
+                lengths = topk_counts(original_lengths, rates[index])  # only the numbers: x holds the first tokens
             kept.append(soft_count if pruning == "soft" else lengths)
 
             x = layer.feed_forward_block(x)
@@ -968,7 +971,11 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
             + "; fine-tune this model on the task first"
         )
     fresh = {}
-    order = {name.lower(): i for i, name in enumerate(config.labels)}
+    # The same labels in another order, perhaps in other case, are the same head with its rows in that order.
+    order = {name: i for i, name in enumerate(config.labels)}
+    if set(order) != set(labels):
+        order = {name.lower(): i for i, name in enumerate(config.labels)}
+    named = [name if name in order else name.lower() for name in labels]
     if not fits:
         found = "the folder has none" if old_head is None else f"the folder's has {len(config.labels)} outputs"
         notes.append(f"the {kind} is new, with {len(labels)} outputs: {found}")
@@ -976,10 +983,10 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
         head = (Head if config.head == "sequence" else TokenHead)(replace(config, labels=labels))
         initialize(head, config.initializer_range)
         fresh = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    elif set(order) == {name.lower() for name in labels}:
+    elif len(order) == len(labels) and sorted(order) == sorted(named):
         for name in (head_weight, head_weight.replace("weight", "bias")):
             if name in tensors and tensors[name].shape[:1] == (len(labels),):
-                tensors[name] = tensors[name][[order[label.lower()] for label in labels]]
+                tensors[name] = tensors[name][[order[label] for label in named]]
     elif len(labels) > 1 and not config.labels[0].startswith("LABEL_"):
         notes.append(f"the {kind} for {', '.join(config.labels)} now stands for {', '.join(labels)}")
     config = replace(config, labels=labels)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data import Examples, InputError, Source, Tokenizer, _read_jsonl, cached_table, chunked, is_text
+from data import Examples, InputError, Source, Tokenizer, read_jsonl, cached_table, chunked, is_text, read_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ def _read_articles(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    for line, record in _read_jsonl(path, []):
+    for line, record in read_jsonl(path, []):
         yield f"{path}, line {line}", record
 
 
@@ -171,13 +171,17 @@ class Window(NamedTuple):
     end: int  # both 0 where the window does not hold it whole, or where there is none
 
 
-def make_windows(tokenizer: Tokenizer, questions: list[Question], max_length: int, stride: int) -> list[Window]:
-    """The windows of all questions, in order: at most `max_length` tokens, of which `stride` are also in the next one.
+def make_windows(
+    tokenizer: Tokenizer, questions: list[Question], max_length: int, stride: int | None = None
+) -> list[Window]:
+    """The windows of all questions, in order: at most `max_length` tokens, of which `stride` (default: a third) are also
+    in the next one.
 
     A question so long that no more than `stride` tokens of context fit beside it is cut to at most half of the room.
     Raises: InputError if max_length leaves no room for such windows.
     """
     tokenizer.backend.no_truncation()  # Tokenizer.encode sets its own, each time
+    stride = max_length // 3 if stride is None else stride
     before, between, after = _special_tokens(tokenizer)
     room = max_length - len(before) - len(between) - len(after)
     if room < stride + 2:
@@ -263,7 +267,7 @@ class Answer(NamedTuple):
 
 def find_answers(
     questions: list[Question],
-    windows: list[Window],
+    windows: Iterable[Window],
     logits: list[np.ndarray],
     n_best: int = 20,
     max_answer_tokens: int = 30,
@@ -412,16 +416,17 @@ class SpanExamples(Examples):
 
     questions: list[Question] = field(default_factory=list)
 
-    def answers(self, indices: np.ndarray) -> int:
+    def count_targets(self, indices: np.ndarray) -> int:
         """The loss of a window is the mean of two choices, where the answer starts and where it ends."""
         return 2 * len(indices)
 
     def find(self, logits: list[np.ndarray]) -> list[tuple[list[Answer], float]]:
         """`find_answers` of all questions."""
-        rows = self.table.to_dict()
-        offsets = [list(zip(flat[::2], flat[1::2])) for flat in rows["offsets"]]
-        columns = (rows["question"], rows["token_ids"], rows["segment_ids"], offsets, *self.labels.T.tolist())
-        return find_answers(self.questions, [Window(*row) for row in zip(*columns)], logits)
+        windows = (
+            Window(question, [], [], list(zip(flat[::2], flat[1::2])), 0, 0)
+            for question, flat in read_columns(self.table, "question", "offsets")
+        )
+        return find_answers(self.questions, windows, logits)
 
     def texts(self, found: list[tuple[list[Answer], float]]) -> dict[str, str]:
         """The answer to each question by its id. Where some question has none, "" is given if that is likelier than the
@@ -451,8 +456,8 @@ class SpanExamples(Examples):
 def load_questions(
     source: Source, split: str, tokenizer: Tokenizer, max_length: int, labels: tuple[str, ...] | None = None
 ) -> tuple[dict[str, SpanExamples], tuple[str, ...]]:
-    """Reads a split and cuts its contexts into windows that overlap by a third: {"": examples} and the labels of
-    `model.Config`, as `data.load_examples`. Raises: InputError."""
+    """Reads a split and cuts its contexts into windows: {"": examples} and the labels of `model.Config`, as
+    `data.load_examples`. SQuAD 1.1 leaves out questions without answers. Raises: InputError."""
     import datasets
     import numpy as np
     import pyarrow.compute as pc
@@ -461,8 +466,10 @@ def load_questions(
         split, read_squad, lambda part: hub_squad(source.task.hub, part)
     ).values()
     questions = list(questions)
-    if split == "train" and not any(question.answers for question in questions):
-        raise InputError(f"{place}: no question has an answer; there is nothing to learn from")
+    if source.task.name == "SQuAD":  # whose questions all have answers
+        questions = [question for question in questions if question.answers]
+    if not any(question.answers for question in questions):
+        raise InputError(f"{place}: no question has an answer; there is nothing to learn from or to judge by")
     numbers = datasets.List(datasets.Value("int32"))
     features = {
         "token_ids": numbers,
@@ -475,11 +482,13 @@ def load_questions(
 
     def generate() -> Iterator[dict]:
         for start in range(0, len(questions), 256):
-            for window in make_windows(tokenizer, questions[start : start + 256], max_length, max_length // 3):
+            for window in make_windows(tokenizer, questions[start : start + 256], max_length):
                 flat = [character for pair in window.offsets for character in pair]
                 yield window._asdict() | {"offsets": flat, "question": start + window.question}
 
-    key = hashlib.sha256(f"windows {identity} {max_length} {tokenizer.identity}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        f"windows {source.task.name} {identity} {max_length} {tokenizer.identity}".encode()
+    ).hexdigest()[:32]
     table = cached_table(generate, features, key)
     lengths = pc.list_value_length(table.data.column("token_ids")).to_numpy().astype(np.int64)
     spans = np.stack([table.data.column(name).to_numpy().astype(np.int64) for name in ("start", "end")], 1)

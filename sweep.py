@@ -18,10 +18,11 @@ from train import (
     Process,
     PruningOptions,
     bench_checkpoint,
-    check_same_run,
+    check_pruning,
     evaluate_checkpoint,
     known_labels,
     length_limit,
+    protected_tokens,
     load_sets,
     run_stage,
     topk_flops,
@@ -134,27 +135,32 @@ def run_sweep(
     restore: the fine-tuned dense model. grid: setting -> its values. common: settings of all cells ("epochs" of soft
     training, "adapt_epochs" of the others, "batch_size", "max_seq_length"). speed: measure each model beside dense, once
     all are trained.
-    Returns one record a model, the dense one first; the same are in output/results.jsonl.
+    Returns one record a model, with those that earlier grids left in output/results.jsonl, where they are written.
     Raises: InputError; Interrupted after a signal.
     """
     config, max_length = load_config(restore), common.get("max_seq_length")
+    if "topk" in methods:
+        check_pruning(config, {"prune_mode": "topk"})
     lowest = None
     if "topk" in methods and grid.get("target_flops"):
         limit = length_limit(config, restore, max_length)
         sets, _ = load_sets(source, "train", Tokenizer(restore), limit, known_labels(source.task, config))
-        lowest = topk_flops(config, torch.from_numpy(sets[""].lengths), -float(config.num_hidden_layers))
-        lowest = (int(lowest * 1000) + 1) / 1000
+        sizes = torch.from_numpy(sets[""].lengths), protected_tokens(config, sets[""])
+        lowest = topk_flops(config, *sizes, -float(config.num_hidden_layers))
+        lowest = min(1.0, (int(lowest * 1000) + 1) / 1000)
         if min(grid["target_flops"]) < lowest:
             show(
                 f"note: top-k does not prune the first layers and cannot go below {lowest}: it gets that budget instead"
             )
     dense = evaluate_checkpoint(restore, source, process, max_length=max_length, dense=True)
-    rows: list[dict[str, Any]] = [{"name": "dense", "method": "dense", "folder": str(restore)} | asdict(dense)]
+    results = output / "results.jsonl"
+    rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
+    rows["dense"] = {"name": "dense", "method": "dense", "folder": str(restore)} | asdict(dense)
 
     def write() -> None:
         if process.main:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_file(output / "results.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
+            write_file(results, lambda path: path.write_text(text, encoding="utf-8"))
 
     cells = grid_cells(methods, grid, lowest)
     for number, cell in enumerate(cells, 1):
@@ -166,9 +172,6 @@ def run_sweep(
             command = cell_command(stage, settings, options, scale, source, previous, distill)
             commands.append(f"{command} --output {shlex.quote(str(folder))}")
             show(f"$ {commands[-1]}")
-            same = {"task": source.task.name, "data": str(source.path), "restore": str(previous)}
-            same |= {"distill": str(distill) if distill else None, "settings": asdict(settings)}
-            check_same_run(folder / "log.jsonl", same)
             torch.manual_seed(settings.seed + process.rank)  # a cell does not depend on those before it
             _, result = run_stage(
                 stage,
@@ -190,10 +193,12 @@ def run_sweep(
         if "soft" in views:
             wanted = ("score", "relative_flops", "soft_relative_flops", "threshold_scale")
             row["soft"] = {name: views["soft"].get(name) for name in wanted}
-        rows.append(row)
+        rows[cell.name] = row
         write()
-    if speed and process.world == 1:
-        for row in rows[1:]:
+    if speed and process.world > 1:
+        show("note: speed is measured in one process; the same command without torchrun does")
+    elif speed:
+        for row in (rows[cell.name] for cell in cells):
             file = Path(row["folder"]) / "speed.json"
             if not file.is_file():
                 show(f"measuring the speed of {row['name']} ...")
@@ -202,7 +207,7 @@ def run_sweep(
             measured = json.loads(file.read_text(encoding="utf-8"))["speeds"]
             row["speedup"] = {str(s["batch_size"]): s["speedup"] for s in measured}
     write()
-    return rows
+    return list(rows.values())
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +21,9 @@ from data import (
     InputError,
     Source,
     Tokenizer,
-    _read_jsonl,
-    _read_parquet,
+    read_jsonl,
+    read_columns,
+    read_parquet,
     cached_table,
     check_room,
     chunked,
@@ -61,9 +62,9 @@ def read_tagged(path: Path, words: str = "words", labels: str = "labels") -> Ite
         raise InputError(f"{path}: no such file")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".json"):
-        records = _read_jsonl(path, [words])
+        records = read_jsonl(path, [words])
     elif suffix == ".parquet":
-        records = _read_parquet(path, [words, labels] if _has_column(path, labels) else [words])
+        records = read_parquet(path, [words, labels] if _has_column(path, labels) else [words])
     else:
         records, words, labels = _read_conll(path), "words", "labels"
     line, tagged = 0, None
@@ -262,7 +263,7 @@ IGNORED = -100  # the label of tokens that the loss leaves out: all but the firs
 
 @dataclass
 class TaggedExamples(Examples):
-    """Sentences with a label for each word. `labels` (N,): how many words count, one a token."""
+    """Sentences with a label for each word. `labels` (N,) of the base class: how many tokens have one."""
 
     names: tuple[str, ...] = ()
 
@@ -276,30 +277,28 @@ class TaggedExamples(Examples):
         for n, first, labels in zip(self.lengths[indices], rows["first"], rows["labels"]):
             row = torch.full((n,), IGNORED)
             for place, label in reversed(list(zip(first, labels))):  # of words in one place the first counts
-                row[place] = ids.get(label, IGNORED)
+                row[place] = ids[label]
             targets.append(row)
         return torch.cat(targets)
 
-    def answers(self, indices: np.ndarray) -> int:
+    def count_targets(self, indices: np.ndarray) -> int:
         return int(self.labels[indices].sum())
 
-    def select(self, indices: np.ndarray) -> TaggedExamples:
-        return replace(
-            self, table=self.table.select(indices), lengths=self.lengths[indices], labels=self.labels[indices]
-        )
-
     def judge(self, metric: str, logits: list[np.ndarray]) -> tuple[dict[str, float], float]:
-        """Metrics of `entity_metrics`; the score is the F1 of entities where labels name any, else the accuracy. Words
-        that were cut off count as "O", or as the first label where there is no "O"."""
-        outside = "O" if "O" in self.names else self.names[0]
+        """Metrics of `entity_metrics`; the score is the F1 of entities where labels name any, else the accuracy."""
         gold, predicted = [], []
-        rows = self.table.select_columns(["first", "labels"]).to_dict()
-        for first, labels, row in zip(rows["first"], rows["labels"], logits):
-            found = [self.names[i] for i in row[first].argmax(1)]
+        for (first, labels), row in zip(read_columns(self.table, "first", "labels"), logits):
             gold.append(labels)
-            predicted.append(found + [outside] * (len(labels) - len(found)))
+            predicted.append(best_labels(row, first, self.names, len(labels)))
         metrics = entity_metrics(gold, predicted)
         return metrics, metrics.get("f1", 0.0) if has_entities(self.names) else metrics["accuracy"]
+
+
+def best_labels(logits: np.ndarray, first: list[int], names: tuple[str, ...], words: int) -> list[str]:
+    """The label of each word of a sentence, logits (n, C); words that were cut off get "O", or the first label where
+    there is no "O"."""
+    found = [names[i] for i in logits[first].argmax(1)]
+    return found + ["O" if "O" in names else names[0]] * (words - len(found))
 
 
 def load_sentences(
@@ -337,8 +336,11 @@ def load_sentences(
 
     key = hashlib.sha256(f"tagged {identity} {max_length} {tokenizer.identity}".encode()).hexdigest()[:32]
     table = cached_table(generate, features, key)
+    found = pc.unique(pc.list_flatten(table.data.column("labels").combine_chunks())).to_pylist()
+    unknown = [label for label in found if labels is not None and label not in labels]
+    if unknown:
+        raise InputError(f"{place}: the label {unknown[0]!r} is none of the model's, {', '.join(labels)}")
     if labels is None:
-        found = pc.unique(pc.list_flatten(table.data.column("labels").combine_chunks())).to_pylist()
         labels = tuple(sorted(found, key=lambda name: (name != "O", *label_order(name))))
         if len(labels) < 2:
             raise InputError(f"{place}: all words have the label {labels[0]!r}; tagging needs two or more")

@@ -50,6 +50,7 @@ from data import (
     token_batches,
     load_examples,
     pack,
+    read_columns,
     write_demo,
 )
 from model import (
@@ -69,7 +70,7 @@ from model import (
     write_file,
 )
 from squad import Question, choose_text, find_answers, load_questions, make_windows
-from tagging import Sentence, align, load_sentences
+from tagging import Sentence, align, best_labels, load_sentences
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and precision
@@ -294,13 +295,13 @@ def evaluate(
     batch_size: int = 32,
     pruning: str | None = None,
     max_tokens: int | None = None,
-    keep: Callable[[Examples, list[np.ndarray]], Any] = lambda examples, logits: None,
+    collect: Callable[[Examples, list[np.ndarray]], Any] = lambda examples, logits: None,
 ) -> Evaluation:
     """Evaluates on one set, or on several (MNLI's two): the first gives the score, all give metrics and FLOPs.
 
-    keep: called with each set and its logits.
+    collect: called with each set and its logits.
     """
-    metrics, scores, losses, answers = {}, [], [], 0
+    metrics, scores, losses, targets = {}, [], [], 0
     used, dense = 0, 0
     kept_tokens, tokens = np.zeros(model.config.num_hidden_layers), 0
     start = time.perf_counter()
@@ -309,14 +310,14 @@ def evaluate(
         found, score = examples.judge(metric, logits)
         metrics |= {f"{name}{suffix}": value for name, value in found.items()}
         scores.append(score)
-        keep(examples, logits)
+        collect(examples, logits)
         lengths = torch.from_numpy(examples.lengths)
         for chosen in chunked(range(len(examples)), 1024):
             rows = [torch.from_numpy(logits[i]) for i in chosen]
             stacked = torch.stack(rows) if model.config.head == "sequence" else torch.cat(rows)
             choices = as_choices(model.config.head, stacked, lengths[chosen])
             losses.append(float(task_loss(choices, examples.targets(np.array(chosen)).flatten())))
-        answers += examples.answers(np.arange(len(examples)))
+        targets += examples.count_targets(np.arange(len(examples)))
         used += int(macs(model.config, lengths, torch.from_numpy(kept)).sum())
         dense += int(macs(model.config, lengths, lengths.expand(len(kept), -1)).sum())
         kept_tokens += kept.sum(1)
@@ -326,7 +327,7 @@ def evaluate(
     return Evaluation(
         metrics,
         scores[0],
-        sum(losses) / answers,
+        sum(losses) / targets,
         count,
         2e-9 * used / count,
         2e-9 * dense / count,
@@ -436,7 +437,10 @@ def bench_checkpoint(
         if drawn.max() > config.max_tokens:
             raise InputError(f"--lengths {drawn.max()}: {folder} has positions for {config.max_tokens} tokens")
         sequences = [generator.integers(0, config.vocab_size, n).tolist() for n in np.sort(drawn)]
-        make = lambda size: [pack(part) for part in chunked(sequences, size)]  # noqa: E731
+        # Questions have two segments, of which the first may be protected.
+        segments = [[int(i >= 12) if config.head == "span" else 0 for i in range(len(ids))] for ids in sequences]
+        rows = list(zip(sequences, segments))
+        make = lambda size: [pack(*map(list, zip(*part))) for part in chunked(rows, size)]  # noqa: E731
         where = "random tokens"
     else:
         tokenizer = Tokenizer(folder)
@@ -507,10 +511,13 @@ class Budget:
 
 
 @torch.inference_mode()
-def scale_thresholds(model: Model, examples: Examples, target: float, process: Process, count: int = 256) -> float:
+def scale_thresholds(
+    model: Model, examples: Examples, target: float, process: Process, count: int = 256
+) -> float | None:
     """Multiplies the thresholds by the factor with which `count` of the examples take `target` of the dense FLOPs.
 
-    The factor is found by bisection, pruning as inference does, and returned.
+    The factor is found by bisection, pruning as inference does, and returned. None, and the thresholds as they were,
+    where no factor prunes enough.
     """
     model.eval()
     chosen = np.random.default_rng(0).permutation(len(examples))[:count]
@@ -526,8 +533,11 @@ def scale_thresholds(model: Model, examples: Examples, target: float, process: P
         return relative_flops(model.config, lengths, kept) <= target
 
     low, high = 0.0, 1.0
-    while not prunes_enough(high) and high < 1000:
+    while not prunes_enough(high):
         low, high = high, 2 * high
+        if high > 10_000:
+            model.thresholds.copy_(start)
+            return None
     for _ in range(9):
         middle = (low + high) / 2
         low, high = (low, middle) if prunes_enough(middle) else (middle, high)
@@ -535,24 +545,34 @@ def scale_thresholds(model: Model, examples: Examples, target: float, process: P
     return high
 
 
-def topk_flops(config: Config, lengths: Tensor, rate: float) -> float:
-    """The share of the dense FLOPs that top-k takes of sequences (B,) with a token_keep_rate."""
+def protected_tokens(config: Config, examples: Examples) -> Tensor:
+    """How many tokens of each example are never pruned (N,)."""
+    if config.head == "span" and config.protect_question:
+        return torch.tensor([segments.count(0) for (segments,) in read_columns(examples.table, "segment_ids")])
+    return torch.ones(len(examples), dtype=torch.long)
+
+
+def topk_flops(config: Config, lengths: Tensor, protected: Tensor, rate: float) -> float:
+    """The share of the dense FLOPs that top-k takes of sequences (B,), of which `protected` (B,) tokens always stay."""
     rates = topk_rates(rate, config.num_hidden_layers)
-    kept = [lengths if share == 1 else topk_counts(lengths, share) for share in rates]
+    kept = [lengths if share == 1 else topk_counts(lengths, share).maximum(protected) for share in rates]
     return relative_flops(config, lengths, torch.stack(kept))
 
 
-def rate_for_budget(config: Config, lengths: Tensor, target: float) -> float:
-    """The token_keep_rate with which top-k takes `target` of the dense FLOPs of sequences (B,). Raises: InputError."""
+def rate_for_budget(config: Config, lengths: Tensor, protected: Tensor, target: float) -> float:
+    """The token_keep_rate with which top-k takes `target` of the dense FLOPs of sequences (B,), as `topk_flops` counts.
+
+    Raises: InputError.
+    """
     low, high = -float(config.num_hidden_layers), 1.0  # at the lower end one token is left of the first pruned layer
-    lowest = topk_flops(config, lengths, low)
+    lowest = topk_flops(config, lengths, protected, low)
     if lowest > target:
         raise InputError(
             f"--target-flops {target}: top-k does not prune the first layers, and cannot go below {lowest:.3f} here"
         )
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if topk_flops(config, lengths, middle) <= target else (low, middle)
+        low, high = (middle, high) if topk_flops(config, lengths, protected, middle) <= target else (low, middle)
     return low
 
 
@@ -562,15 +582,27 @@ def relative_flops(config: Config, lengths: Tensor, kept: Tensor) -> float:
 
 
 def ask_teacher(
-    folder: Path, source: Source, labels: tuple[str, ...], train_set: Examples, process: Process, batch_size: int
+    folder: Path,
+    source: Source,
+    labels: tuple[str, ...],
+    student: Tokenizer,
+    max_length: int,
+    process: Process,
+    batch_size: int,
 ) -> list[np.ndarray]:
-    """A dense model's logits of the training examples, tokenized as it wants them. Raises: InputError."""
+    """A dense model's logits of the training examples, tokenized as it wants them. Raises: InputError.
+
+    Where every token has an answer, it must have the student's tokens.
+    """
     tokenizer, config = Tokenizer(folder), load_config(folder)
     tokenizer.check_fits(config.vocab_size, folder)
-    examples = load_sets(source, "train", tokenizer, length_limit(config, folder, None), labels)[0][""]
-    per_token = source.task.head != "sequence"
-    if config.head != source.task.head or per_token and not np.array_equal(examples.lengths, train_set.lengths):
-        raise InputError(f"--distill {folder}: its answers are not for the same tokens; use a model of the same kind")
+    check_task(folder, config, source.task)
+    if source.task.head != "sequence" and tokenizer.identity != student.identity:
+        raise InputError(f"--distill {folder}: has another tokenizer, so that its answers are not for the same tokens")
+    if labels and config.labels[0] != "LABEL_0" and {n.lower() for n in config.labels} != {n.lower() for n in labels}:
+        raise InputError(f"--distill {folder}: answers {', '.join(config.labels)}, not {', '.join(labels)}")
+    limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
+    examples = load_sets(source, "train", tokenizer, limit, labels)[0][""]
     teacher = load_model(folder, labels or config.labels).model.to(process.device).pack()
     return predict_examples(teacher, examples, process, batch_size, "none")[0]
 
@@ -910,7 +942,7 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
     except FileNotFoundError:
         return
     except ValueError:
-        raise InputError(f"{log}: damaged; pass --overwrite to start again") from None
+        raise InputError(f"{log}: damaged; remove it, or pass --overwrite, to start again") from None
 
     def flat(record: dict[str, Any]) -> dict[str, Any]:
         return {k: record.get(k) for k in header if k != "settings"} | record.get("settings", {})
@@ -1000,7 +1032,7 @@ def backward(
     lengths = torch.from_numpy(examples.lengths[indices])
     tokens = int(lengths.sum())
     dense = int(macs(config, lengths, lengths.expand(config.num_hidden_layers, -1)).sum())
-    answers = max(1, examples.answers(indices))
+    count = max(1, examples.count_targets(indices))
     total = torch.zeros(2, dtype=torch.float64, device=process.device)
     parts = np.array_split(indices, min(settings.accumulate, len(indices)))
     for i, part in enumerate(parts):
@@ -1021,13 +1053,13 @@ def backward(
                     count=pruning == "soft",
                 )
             choices = as_choices(config.head, output.logits, batch.lengths)
-            loss, relative = task_loss(choices, targets) / answers, 0.0
+            loss, relative = task_loss(choices, targets) / count, 0.0
             if examples.teacher is not None:
                 rows = [torch.from_numpy(examples.teacher[j]).to(process.device) for j in share]
                 taught = torch.stack(rows) if config.head == "sequence" else torch.cat(rows)
                 taught = as_choices(config.head, taught, batch.lengths)
                 judged = targets >= 0 if config.head == "token" else slice(None)
-                taught = distillation_loss(choices[judged], taught[judged]) / answers
+                taught = distillation_loss(choices[judged], taught[judged]) / count
                 loss = (1 - settings.distill_weight) * loss + settings.distill_weight * taught
             if pruning == "soft":
                 relative = macs(config, batch.lengths, output.kept).sum() / dense
@@ -1111,7 +1143,9 @@ def run_stage(
         changes = {"prune_mode": "absolute_threshold"}  # thresholds and their scale are what soft training left
     check_pruning(config, changes)
     if stage != "finetune" and config.head != source.task.head:
-        check_task(restore, config, source.task)
+        raise InputError(f"{restore}: has no head for {source.task.name}; run `finetune` on it first")
+    if options.protect_question is not None and source.task.head != "span":
+        raise InputError(f"--protect-question is for questions on texts, which {source.task.name} has not")
     asked = options.max_seq_length
     if stage == "finetune" and not asked and "max_seq_length" not in config.other:
         asked = min(source.task.max_length, config.max_tokens)
@@ -1127,8 +1161,20 @@ def run_stage(
         find_tensorboard()  # before anything is read
     if output.resolve() == Path(restore).resolve():
         raise InputError(f"--output {output}: is the checkpoint to start from; choose another")
+    header = {
+        "stage": stage,
+        "task": source.task.name,
+        "data": str(source.path),
+        "dev_data": str(source.dev_path) if source.dev_path else None,
+        "restore": str(restore),
+        "distill": str(distill) if distill else None,
+        **asdict(options),
+    }
+    if source.task.name == "custom":
+        header["columns"] = [source.task.text, source.task.pair, source.task.label]
     best = finished(output / "log.jsonl") if resume else None
     if best:
+        check_same_run(output / "log.jsonl", header | {"settings": asdict(settings)})
         show("this run has come to its end: nothing to resume")
         return output, Result(best, best["step"], math.nan)
     # Fine-tuning may change the classes of your own data; later stages keep those of the checkpoint.
@@ -1154,30 +1200,27 @@ def run_stage(
     train_set = train_sets[""]
     if settings.target_flops:
         if stage == "topk":
-            rate = rate_for_budget(model.config, torch.from_numpy(train_set.lengths), settings.target_flops)
+            sizes = torch.from_numpy(train_set.lengths), protected_tokens(model.config, train_set)
+            rate = rate_for_budget(model.config, *sizes, settings.target_flops)
             model.config = replace(model.config, token_keep_rate=rate)
             notes.append(f"a token keep rate of {rate:.3f} meets the target")
         elif stage != "soft":
             factor = scale_thresholds(model.to(process.device), train_set, settings.target_flops, process)
+            if factor is None:
+                raise InputError(
+                    f"--target-flops {settings.target_flops}: no multiple of the thresholds prunes so much; ask for less, "
+                    "or give the first layers higher thresholds"
+                )
             notes.append(f"the thresholds are multiplied by {factor:.3f} to meet the target")
     if distill:
         show("asking the teacher ...")
-        train_set.teacher = ask_teacher(distill, source, labels, train_set, process, settings.batch_size)
+        train_set.teacher = ask_teacher(distill, source, labels, tokenizer, max_length, process, settings.batch_size)
     for note in notes:
         show(f"note: {note}")
     for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
         cut = f"; {examples.truncated} longer than {max_length} were cut" if examples.truncated else ""
         show(f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average{cut}")
     pruning = {"finetune": "none", "soft": "soft", "topk": "topk"}.get(stage, "hard")
-    header = {
-        "stage": stage,
-        "task": source.task.name,
-        **({"head": source.task.head} if source.task.head != "sequence" else {}),
-        "data": str(source.path),
-        "restore": str(restore),
-        "distill": str(distill) if distill else None,
-        **asdict(options),
-    }
     result = train(
         model,
         pruning,
@@ -1265,9 +1308,9 @@ def evaluate_checkpoint(
     dense: bool = False,
     show: Callable[[str], Any] = lambda line: None,
     max_tokens: int | None = None,
-    keep: Callable[[Examples, list[np.ndarray]], Any] = lambda examples, logits: None,
+    collect: Callable[[Examples, list[np.ndarray]], Any] = lambda examples, logits: None,
 ) -> Evaluation:
-    """Evaluates a trained model folder on the source's evaluation set; `keep` as for `evaluate`. Raises: InputError."""
+    """Evaluates a trained model folder on the source's evaluation set; `collect` as for `evaluate`. Raises: InputError."""
     config = load_config(folder)
     limit = length_limit(config, folder, max_length)
     tokenizer = Tokenizer(folder)
@@ -1282,7 +1325,7 @@ def evaluate_checkpoint(
     if cut:
         show(f"{cut:,} texts longer than {limit} tokens were cut")
     pruning = "none" if dense else None
-    return evaluate(model, sets, source.task.metric, process, batch_size, pruning, max_tokens, keep)
+    return evaluate(model, sets, source.task.metric, process, batch_size, pruning, max_tokens, collect)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1379,25 +1422,23 @@ class Predictor:
         return answers
 
     def tag(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-        """Words behind the cut get the label O, or the first one where there is no O."""
+        """Labels of words, by `best_labels`."""
         sentences = []
         for where, record in records:
             words = record.get("words") if isinstance(record, dict) else None
             if words is None and isinstance(record, dict) and is_text(record.get("text", 0)):
                 words = record["text"].split()
             if not isinstance(words, list) or not words or not all(is_text(word) and word.strip() for word in words):
-                raise InputError(f'{where}: expected an object with "words", a list of texts, or with "text"')
+                raise InputError(f'{where}: expected an object with "words", a list of words, or with "text" of some')
             sentences.append(Sentence(words, None, 0))
         check_room(self.open_tokenizer(), self.max_length)
         aligned = align(self.open_tokenizer(), sentences, self.max_length)
         labels = self.model.config.labels
-        outside = "O" if "O" in labels else labels[0]
         answers = []
         for sentence, result, (logits, kept) in zip(
             sentences, aligned, self.run([(a.token_ids, a.segment_ids) for a in aligned])
         ):
-            found = [labels[i] for i in logits[result.first].argmax(1).tolist()]
-            found += [outside] * (len(sentence.words) - len(found))
+            found = best_labels(logits.numpy(), result.first, labels, len(sentence.words))
             self.truncated += result.truncated
             answers.append({"words": sentence.words, "labels": found, "tokens": len(result.token_ids), "kept": kept})
         return answers
@@ -1410,7 +1451,7 @@ class Predictor:
             if not all(is_text(text) and text.strip() for text in texts):
                 raise InputError(f'{where}: expected an object with "question" and "context"')
             questions.append(Question(str(i), *texts, ()))
-        windows = make_windows(self.open_tokenizer(), questions, self.max_length, self.max_length // 3)
+        windows = make_windows(self.open_tokenizer(), questions, self.max_length)
         found = self.run([(window.token_ids, window.segment_ids) for window in windows])
         spans = find_answers(questions, windows, [logits.numpy() for logits, _ in found])
         answers = []

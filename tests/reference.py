@@ -12,7 +12,8 @@ import torch.nn.functional as F
 def forward(model, sequences, pruning, temperature=None):
     """Returns logits (B, labels), kept (L, B), and Σ m over real tokens (a number; 0 without soft).
 
-    In soft mode kept is Σ Π m: the masks of a token's layers multiplied, summed over the real tokens.
+    In soft mode kept is Σ Π m: the masks of a token's layers multiplied, summed over the real tokens. A token head's
+    logits are (T, labels), read off each token's states weighted by how much of it left with them.
     """
     config = model.config
     L, H, D = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
@@ -27,6 +28,7 @@ def forward(model, sequences, pruning, temperature=None):
     x = e.word(ids) + e.position(positions) + e.segment(torch.zeros_like(ids))
     x = F.layer_norm(x, (D,), e.norm.weight, e.norm.bias, config.layer_norm_eps)
     alive, kept, mask_sum, survival = real.clone(), [], 0.0, real.float()
+    left = torch.zeros_like(x)
     for l, layer in enumerate(model.layers, 1):
         weight, bias = layer.attention.query_key_value.weight, layer.attention.query_key_value.bias
         q, k, v = (x @ weight[i * D : (i + 1) * D].T + bias[i * D : (i + 1) * D] for i in range(3))
@@ -45,7 +47,7 @@ def forward(model, sequences, pruning, temperature=None):
         x = F.layer_norm(
             x + attended, (D,), layer.attention_norm.weight, layer.attention_norm.bias, config.layer_norm_eps
         )
-        mask = torch.ones(B, n)
+        mask, here = torch.ones(B, n), survival if pruning == "soft" else alive.float()
         if pruning == "hard":
             keep = score >= model.thresholds[l - 1]
             keep[:, 0] = True
@@ -64,9 +66,15 @@ def forward(model, sequences, pruning, temperature=None):
             mask_sum = mask_sum + (mask * real).sum()
             survival = survival * mask
         kept.append(survival.sum(1) if pruning == "soft" else alive.sum(1))
+        stays = survival if pruning == "soft" else alive.float()
+        left = left + (here - stays)[:, :, None] * x
         y = layer.activation(x @ layer.intermediate.weight.T + layer.intermediate.bias)
         y = y @ layer.output.weight.T + layer.output.bias
         x = F.layer_norm(x + y, (D,), layer.output_norm.weight, layer.output_norm.bias, config.layer_norm_eps)
+        last = left + stays[:, :, None] * x
         x = x * mask[:, :, None]
+    if config.head == "token":
+        logits = last @ model.head.output.weight.T + model.head.output.bias
+        return logits[real], torch.stack(kept), mask_sum
     first = torch.tanh(x[:, 0] @ model.head.dense.weight.T + model.head.dense.bias)
     return first @ model.head.output.weight.T + model.head.output.bias, torch.stack(kept), mask_sum

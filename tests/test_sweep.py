@@ -96,9 +96,13 @@ def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dens
     changed = CliRunner().invoke(main, [str(word) for word in [*command, "--seed", 42, "--adapt-epochs", 2]])
     assert changed.exit_code == 0  # --seed makes other cells
     wrong = CliRunner().invoke(main, [str(word) for word in [*command, "--adapt-epochs", 2]])
-    assert (
-        wrong.exit_code == 2 and "epochs = 1.0, not 2.0" in wrong.stderr and len(wrong.stderr.strip().splitlines()) < 12
-    )
+    assert wrong.exit_code == 2 and "was started with epochs = 1.0, not 2.0; use the same" in wrong.stderr
+    shorter = CliRunner().invoke(main, [str(word) for word in [*command, "--max-length", 20, "--no-speed"]])
+    assert shorter.exit_code == 2 and "max_seq_length = None, not 20" in shorter.stderr
+
+    # A smaller grid takes nothing away.
+    run(*command, "--method", "manual", "--no-speed")
+    assert len(read_results(tmp_path / "out" / "results.jsonl")) == len(rows) + 3  # and those of --seed 42
 
 
 def test_a_target_and_a_lambda_are_one_too_many(dense, demo, tmp_path):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import MODES, random_sequences, small_model
 from safetensors.torch import load_file
+from test_cli import refused
 from test_distributed import launch
 
 from data import InputError, Settings, Source, Tokenizer, custom_task, find_task, pack
@@ -20,6 +22,7 @@ from train import (
     PruningOptions,
     as_choices,
     backward,
+    bench_checkpoint,
     evaluate_checkpoint,
     load_sets,
     run_stage,
@@ -99,6 +102,31 @@ def test_every_token_has_an_answer_whatever_the_batch(mode):
     torch.testing.assert_close(together.logits, torch.cat(alone), atol=1e-5, rtol=0)
     if mode in ("hard", "topk"):
         assert together.kept[-1].sum() < 0.5 * together.kept[0].new_tensor([len(s) for s in sequences]).sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pruned_tokens_answer_as_in_a_masked_padded_forward(mode):
+    model, sequences = token_model(), random_sequences(7)
+    with torch.inference_mode():
+        output = model(*pack(sequences), pruning=mode, **MODES[mode])
+        logits, kept, _ = reference.forward(model, sequences, mode, **MODES[mode])
+    torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.kept.float(), kept.float(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("head", ["token", "span"])
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16(mode, head):
+    model = small_model(head=head, labels=("a", "b"), token_keep_rate=0.3)
+    model.thresholds.data = threshold_ladder(0.01, 5)
+    batch = pack(random_sequences(7))
+    exact = model(*batch, pruning=mode, **MODES[mode]).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.train()(*batch, pruning=mode, **MODES[mode]).logits
+        logits.float().square().sum().backward()
+    logits, exact = logits.detach(), exact.detach()
+    assert float((logits - exact).abs().median()) < 0.05 * float(exact.std())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_sharp_soft_mask_that_drops_forwards_what_hard_pruning_does():
@@ -269,11 +297,11 @@ def test_predictions_of_questions_agree_with_the_n_best_and_with_predict(trained
 
     kept = {}
 
-    def keep(examples, logits):
+    def collect(examples, logits):
         found = examples.find(logits)
         kept.update(texts=examples.texts(found), nbest=examples.nbest(found))
 
-    evaluate_checkpoint(dense, source, Process(), keep=keep)
+    evaluate_checkpoint(dense, source, Process(), collect=collect)
     questions = list(read_squad(source.path / "dev-v2.0.json"))
     assert list(kept["texts"]) == list(kept["nbest"]) == [q.id for q in questions]
     for question in questions:
@@ -306,6 +334,78 @@ def test_tags_of_predict_are_those_of_eval(trained):
     assert len(cut["labels"]) == len(sentences[0].words) and cut["labels"][-1] == "O" and cut["tokens"] == 10
     with pytest.raises(InputError, match='line: expected an object with "words"'):
         predictor.answer([("line", {"words": []})])
+
+
+def test_unknown_tags_and_teachers_of_other_tags_are_refused(trained, tmp_path):
+    source, dense = trained
+    if source.task.head != "token":
+        pytest.skip("of tags")
+    for name in ("train", "dev"):
+        text = (source.path / f"{name}.conll").read_text().replace("PER", "WHO")
+        (tmp_path / f"{name}.conll").write_text(text)
+    other = replace(source, path=tmp_path)
+    with pytest.raises(InputError, match="the label '[BI]-WHO' is none of the model's, O, B-"):
+        evaluate_checkpoint(dense, other, Process())
+    settings = Settings(epochs=1, batch_size=16)
+    run_stage("finetune", dense, other, settings, output=tmp_path / "other")
+    with pytest.raises(InputError, match="--distill .*: answers O, .*WHO"):
+        run_stage("manual", dense, source, settings, output=tmp_path / "x", distill=tmp_path / "other")
+
+
+def test_options_of_questions_are_refused_elsewhere(trained, tmp_path, demo):
+    source, dense = trained
+    if source.task.head == "span":
+        assert "asks for --pair" in refused("predict", "--restore", dense, "Where?")
+        return
+    assert "leave --pair away" in refused("predict", "--restore", dense, "a text", "--pair", "b")
+    assert "--no-answer-threshold" in refused("predict", "--restore", dense, "a text", "--no-answer-threshold", 0)
+    with pytest.raises(InputError, match="--protect-question"):
+        run_stage("topk", dense, source, Settings(), PruningOptions(protect_question=True), tmp_path / "x")
+    assert "--predictions" in refused(
+        "eval", "--tagging", "--data", source.path, "--restore", dense, "--predictions", tmp_path / "p.json"
+    )
+    assert "run `finetune` on it first" in refused(
+        "soft", "--tagging", "--data", source.path, "--restore", demo / "model", "--output", tmp_path / "y"
+    )
+
+
+def test_protected_questions_keep_to_a_budget_and_bench_prunes(trained, tmp_path):
+    source, dense = trained
+    if source.task.head != "span":
+        pytest.skip("of questions")
+    settings = Settings(epochs=1, batch_size=16, target_flops=0.97)
+    options = PruningOptions(protect_question=True)
+    folder, result = run_stage("topk", dense, source, settings, options, tmp_path / "topk")
+    assert load_config(folder).protect_question and abs(result.best["relative_flops"] - 0.97) < 0.02
+    settings = replace(settings, target_flops=0.7)
+    folder, _ = run_stage("manual", dense, source, settings, options, tmp_path / "manual")
+    found = bench_checkpoint(folder, None, [60], 8, [4], 1, Process())
+    assert found["speeds"][0]["flops_reduction"] > 1.05
+    card = (folder / "README.md").read_text()
+    assert "question-answering" in card and "exact_match" in card and "type: best" not in card and "windows" in card
+
+
+def test_squad_1_reads_its_own_file_and_only_questions_with_answers(trained, tmp_path):
+    source, dense = trained
+    if source.task.head != "span":
+        pytest.skip("of questions")
+    squad_file(tmp_path / "dev-v1.1.json", 8, 5, False)
+    squad_file(tmp_path / "dev-v2.0.json", 8, 6, True)
+    tokenizer = Tokenizer(dense)
+    for name, prefix, count in (("SQuAD", "5-", 8), ("SQuAD2", "6-", 8)):
+        sets, _ = load_sets(Source(find_task(name), tmp_path), "dev", tokenizer, 60, ("start", "end"))
+        assert len(sets[""].questions) == count and all(q.id.startswith(prefix) for q in sets[""].questions)
+    (tmp_path / "dev-v1.1.json").unlink()
+    sets, _ = load_sets(Source(find_task("SQuAD"), tmp_path), "dev", tokenizer, 60, ("start", "end"))
+    assert 0 < len(sets[""].questions) < 8 and all(q.answers for q in sets[""].questions)
+
+
+def test_labels_that_differ_in_case_keep_their_rows(tmp_path):
+    model = small_model(head="token", labels=("O", "b", "B"))
+    save_model(tmp_path, model)
+    for labels in (None, ("O", "b", "B")):
+        assert load_model(tmp_path, labels).model.head.output.weight.equal(model.head.output.weight)
+    assert load_model(tmp_path, ("B", "O", "b")).model.head.output.weight.equal(model.head.output.weight[[2, 0, 1]])
 
 
 def test_another_kind_of_task_is_refused(trained, demo):

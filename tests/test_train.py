@@ -253,16 +253,22 @@ def test_thresholds_are_scaled_to_a_budget():
         torch.testing.assert_close(model.thresholds / model.thresholds[0], torch.arange(1.0, 6))
         found = evaluate(model, {"": data}, "accuracy", Process()).relative_flops
         assert target - 0.03 < found <= target and factor > 1
+    before = model.thresholds.clone()
+    assert scale_thresholds(model, data, 0.01, Process()) is None and model.thresholds.equal(before)
 
 
 def test_topk_rates_for_a_budget():
-    config, lengths = small_model().config, torch.tensor([40, 17, 23])
-    rate = rate_for_budget(config, lengths, 0.85)
+    config, lengths, ones = small_model().config, torch.tensor([40, 17, 23]), torch.ones(3, dtype=torch.long)
+    rate = rate_for_budget(config, lengths, ones, 0.85)
     kept = torch.stack([topk_counts(lengths, share) for share in topk_rates(rate, 5)])
     dense = macs(config, lengths, lengths.expand(5, -1)).sum()
     assert 0.82 < float(macs(config, lengths, kept).sum() / dense) <= 0.85
     with pytest.raises(InputError, match="top-k does not prune the first layers, and cannot go below 0.740"):
-        rate_for_budget(config, lengths, 0.2)
+        rate_for_budget(config, lengths, ones, 0.2)
+    # Tokens that are never pruned make a lower rate necessary, and some budgets impossible.
+    assert rate_for_budget(config, lengths, 12 * ones, 0.85) < rate
+    with pytest.raises(InputError, match="cannot go below 0.8"):
+        rate_for_budget(config, lengths, 12 * ones, 0.8)
 
 
 def test_distillation_loss_by_hand():
