@@ -1,5 +1,7 @@
 """Tasks, readers, tokenizers, batches and metrics."""
 
+import doctest
+import importlib
 import json
 import os
 from pathlib import Path
@@ -348,3 +350,9 @@ def test_demo_texts_are_what_their_label_says():
             balance += -sign if i and words[i - 1] == "not" else sign
         assert row["label"] == ("positive" if balance > 0 else "negative"), row
     assert demo_rows(5, 3) == demo_rows(5, 3) != demo_rows(5, 4)
+
+
+@pytest.mark.parametrize("name", ["data", "look", "model", "sweep"])
+def test_examples_in_docstrings(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed
