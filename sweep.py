@@ -57,7 +57,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """>>> Cell("ltp", (("target_flops", 0.5), ("learning_rate", 5e-05))).name
+        """Of its folder.
+
+        >>> Cell("ltp", (("target_flops", 0.5), ("learning_rate", 5e-05))).name
         'ltp-target-flops-0.5-lr-5e-05'
         """
         return "-".join([self.method, *(f"{flag(name)[2:]}-{value}" for name, value in self.point)])
