@@ -1,0 +1,93 @@
+"""Makes the data sets of the README's tables that are not as they are distributed.
+
+python benchmarks/sets.py sentences GLUE/SST-2 OUT      10,000 lines of SST-2, sentences rather than phrases
+python benchmarks/sets.py halves GLUE/MRPC OUT          MRPC: the shorter half to train, the longer half to evaluate
+python benchmarks/sets.py tags OUT                      generated sentences with names to tag
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import write_file  # noqa: E402
+from tagging import demo_sentences  # noqa: E402
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+OUTPUT = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group()
+def main() -> None:
+    """Makes the data sets of the README's tables that are not as they are distributed."""
+
+
+def read_lines(path: Path) -> tuple[str, list[str]]:
+    """A TSV file's header and its other lines."""
+    header, *lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return header, lines
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    write_file(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    words = sum(len(line.split()) for line in lines) / len(lines)
+    click.echo(f"{path}: {len(lines):,} lines, {words:.1f} words each")
+
+
+@main.command()
+@click.argument("source", type=FOLDER)
+@click.argument("output", type=OUTPUT)
+@click.option("--count", default=10_000, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def sentences(source: Path, output: Path, count: int, seed: int) -> None:
+    """SST-2's training file holds each sentence and thousands of phrases cut out of it.
+
+    What is part of no other line counts as a sentence. Sentences come first, in the seed's order; the longest of the
+    other lines fill up.
+    """
+    header, lines = read_lines(source / "train.tsv")
+    covered, whole, phrases = set(), [], []
+    for line in sorted(lines, key=lambda line: (-len(line.split()), line)):
+        words = line.rpartition("\t")[0].split()
+        if tuple(words) in covered:
+            phrases.append(line)
+        else:
+            whole.append(line)
+            covered.update(tuple(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
+    random.Random(seed).shuffle(whole)
+    write_lines(output / "train.tsv", [header, *(whole + phrases)[:count]])
+    write_lines(output / "dev.tsv", [header, *read_lines(source / "dev.tsv")[1]])
+
+
+@main.command()
+@click.argument("source", type=FOLDER)
+@click.argument("output", type=OUTPUT)
+def halves(source: Path, output: Path) -> None:
+    """Pairs by the number of their words."""
+    for name in ("train.tsv", "dev.tsv"):
+        header, lines = read_lines(source / name)
+        lines.sort(key=lambda line: len(line.split()))
+        middle = len(lines) // 2
+        write_lines(output / name, [header, *(lines[:middle] if name == "train.tsv" else lines[middle:])])
+
+
+@main.command()
+@click.argument("output", type=OUTPUT)
+@click.option("--train", default=2000, show_default=True)
+@click.option("--dev", default=500, show_default=True)
+def tags(output: Path, train: int, dev: int) -> None:
+    """Names of people, places and firms, some of which only the word before tells apart, in CoNLL's layout."""
+    for name, count, seed in (("train", train, 0), ("dev", dev, 1)):
+        lines = []
+        for sentence in demo_sentences(count, seed):
+            lines += [f"{word} {label}" for word, label in zip(sentence.words, sentence.labels)] + [""]
+        write_lines(output / f"{name}.conll", lines)
+
+
+if __name__ == "__main__":
+    main()
