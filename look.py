@@ -137,7 +137,7 @@ def page(examples: list[dict[str, Any]], model: dict[str, Any]) -> str:
     Whatever the texts hold, the page only ever sees it as data: JSON without a "<", set as text.
     """
     data = json.dumps({"model": model, "examples": rounded(examples)}, allow_nan=False).replace("<", "\\u003c")
-    template = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("look_template.html").read_text(encoding="utf-8")
     return template.replace("{{DATA}}", data)
 
 
