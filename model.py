@@ -367,12 +367,29 @@ class Linear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class Dropout(nn.Module):
+    """nn.Dropout whose random numbers cost a CPU a fifth: it draws them one after another, and 16 bits a value will do."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        if x.is_cuda or self.rate == 1:
+            return F.dropout(x, self.rate)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(2**16 * self.rate) - 2**15
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.rate))
+
+
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     alive: Tensor | None,
-    dropout: float,
+    dropout: Dropout,
     score: bool,
     cls_only: bool,
     max_area: int,
@@ -384,29 +401,31 @@ def attend(
     Returns the context (b, H, queries, d), the first query's alone if `cls_only`, and, if `score`, the attention
     probability that each token receives, summed over heads and alive queries (b, n), before dropout, in float32.
     """
-    if not score:
+    query = query[:, :, :1] if cls_only and not score else query
+    rate = dropout.rate if dropout.training else 0.0
+    if not score and (rate == 0 or query.is_cuda):
         mask = None if alive is None else alive[:, None, None]
-        query = query[:, :, :1] if cls_only else query
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate), None
     b, H, n, d = key.shape
     q, k, v = (part.flatten(0, 1) for part in (query, key, value))  # (b · H, n, d)
+    queries = q.size(1)
     padding = q.new_zeros(b, 1, 1, n)  # added to the logits: -inf where there is no token
     if alive is not None:
         padding.masked_fill_(~alive[:, None, None], -math.inf)
     padding = padding.expand(b, H, 1, n).flatten(0, 1)
     contexts, received = [], []
     step = max(1, max_area // (b * n))
-    for start in range(0, n, step):
+    for start in range(0, queries, step):
         rows = slice(start, start + step)
         logits = torch.baddbmm(padding, q[:, rows], k.mT, alpha=d**-0.5, beta=alive is not None)  # (b · H, rows, n)
         probs = logits.softmax(-1, dtype=torch.float32)
-        given = probs.unflatten(0, (b, H)).sum(1)  # (b, rows, n)
-        received.append((given if alive is None else given * alive[:, rows, None]).sum(1))
+        if score:
+            given = probs.unflatten(0, (b, H)).sum(1)  # (b, rows, n)
+            received.append((given if alive is None else given * alive[:, rows, None]).sum(1))
         if not cls_only or start == 0:
-            probs = F.dropout(probs[:, :1] if cls_only else probs, dropout)
-            contexts.append(probs.to(v.dtype) @ v)
+            contexts.append(dropout(probs[:, :1] if cls_only else probs).to(v.dtype) @ v)
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, 1)
-    return context.unflatten(0, (b, H)), sum(received[1:], received[0])
+    return context.unflatten(0, (b, H)), sum(received[1:], received[0]) if score else None
 
 
 class SelfAttention(nn.Module):
@@ -415,7 +434,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
         self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = Linear(config.hidden_size, config.hidden_size)
 
@@ -441,8 +460,7 @@ class SelfAttention(nn.Module):
             parts = grid.view(b, n, -1, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
             key, value = parts[-2:]
             query = parts[0] if queries is None else queries[i].view(b, 1, self.num_heads, -1).transpose(1, 2)
-            dropout = self.dropout if self.training else 0.0
-            context, group_received = attend(query, key, value, alive, dropout, score, cls_only, max_area)
+            context, group_received = attend(query, key, value, alive, self.dropout, score, cls_only, max_area)
             context = context.transpose(1, 2).reshape(-1, D)
             contexts.append(context if cls_only or index is None else context[index])
             if score:
@@ -506,7 +524,7 @@ class Layer(nn.Module):
         self.intermediate = Linear(D, config.intermediate_size)
         self.output = Linear(config.intermediate_size, D)
         self.output_norm = nn.LayerNorm(D, eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def attention_block(self, x: Tensor, lengths: Tensor, score: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
@@ -529,7 +547,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.position_offset = config.position_offset
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
@@ -696,8 +714,8 @@ class Head(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, len(config.labels))
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(rate)
-        self.input_dropout = nn.Dropout(rate if config.family == "roberta" else 0.0)
+        self.dropout = Dropout(rate)
+        self.input_dropout = Dropout(rate if config.family == "roberta" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.dropout(torch.tanh(self.dense(self.input_dropout(x)))))
@@ -709,7 +727,7 @@ class TokenHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(rate if config.head == "token" else 0.0)
+        self.dropout = Dropout(rate if config.head == "token" else 0.0)
         self.output = nn.Linear(config.hidden_size, len(config.labels))
 
     def forward(self, x: Tensor) -> Tensor:

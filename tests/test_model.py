@@ -17,6 +17,7 @@ from model import (
     PACKED_TOKENS,
     Config,
     Model,
+    Dropout,
     attend,
     attention_groups,
     initialize,
@@ -118,15 +119,27 @@ def test_grid_is_a_view_without_padding():
 def test_received_attention_sums_over_heads_and_alive_queries():
     query = key = value = torch.zeros(1, 2, 3, 4)  # uniform attention over the two alive keys
     alive = torch.tensor([[True, True, False]])
-    _, received = attend(query, key, value, alive, 0.0, True, False, 100)
+    _, received = attend(query, key, value, alive, Dropout(0.0), True, False, 100)
     assert received.tolist() == [[2.0, 2.0, 0.0]]  # 2 heads · 2 queries · 1/2
 
 
 def test_dropout_does_not_touch_the_scores():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
-    with_dropout, without = (attend(query, key, value, None, rate, True, False, 100)[1] for rate in (0.5, 0.0))
+    with_dropout, without = (attend(query, key, value, None, Dropout(rate), True, False, 100)[1] for rate in (0.5, 0.0))
     torch.testing.assert_close(with_dropout, without)
+
+
+def test_dropout_zeroes_the_share_it_says_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1001, 333, requires_grad=True)
+    dropped = Dropout(0.3)(x)
+    dropped.sum().backward()
+    assert set(dropped.unique().tolist()) == {0.0, x.new_tensor(1 / 0.7).item()}
+    assert (dropped == 0).float().mean() == pytest.approx(0.3, abs=0.003)
+    assert torch.equal(x.grad, dropped)
+    assert torch.equal(Dropout(0.3).eval()(x), x)
+    assert not Dropout(1.0)(x).any()
 
 
 @pytest.mark.parametrize("cls_only", [False, True])
@@ -139,7 +152,7 @@ def test_attention_in_blocks_of_queries_equals_the_whole(area, cls_only):
     alive = torch.tensor([[True] * 5, [True, True, True, False, False]])
     whole = F.scaled_dot_product_attention(query, key, value, alive[:, None, None])
     probs = (query @ key.mT / 2).masked_fill(~alive[:, None, None], -torch.inf).softmax(-1)
-    context, received = attend(query, key, value, alive, 0.0, True, cls_only, area)
+    context, received = attend(query, key, value, alive, Dropout(0.0), True, cls_only, area)
     torch.testing.assert_close(context, whole[:, :, :1] if cls_only else whole)
     torch.testing.assert_close(received, (probs * alive[:, None, :, None]).sum((1, 2)))
 
