@@ -334,6 +334,8 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
 
         length = given["max_seq_length"] or load_config(find_model(given["restore"])).max_seq_length
         source_of = click.get_current_context().get_parameter_source
+        if source_of("regularization") != ParameterSource.DEFAULT:
+            raise click.UsageError("--target-flops finds λ by itself; pass it or --lambda")
         given |= {k: v for k, v in soft_target(length).items() if source_of(k) == ParameterSource.DEFAULT}
     settings = Settings(**(STAGES[stage] | {f.name: given.pop(f.name) for f in fields(Settings) if f.name in given}))
     source = make_source(given)
@@ -358,14 +360,16 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
             show,
             progress,
             given["tensorboard"],
-            find_model(given["distill"]) if given.get("distill") else None,
+            find_model(given["distill"], "--distill") if given.get("distill") else None,
         )
     if process.main:
         evaluation_table([(stage, result.best)])
         time = "" if math.isnan(result.seconds_per_step) else f", {result.seconds_per_step:.3f} s each (median)"
         click.echo(f"{result.steps} steps{time}. Checkpoint: {folder}")
         following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
+        given["target_flops"] = settings.target_flops
         same = ("task", "data", "dev_data", "text_column", "pair_column", "label_column")
+        same += ("target_flops", "distill") if following == "hard" else ()
         words = [w for name in same if given[name] for w in (f"--{name.replace('_', '-')}", str(given[name]))]
         words += ["--regression"] * given["regression"] + ["--tagging"] * given["tagging"] + ["--restore", str(folder)]
         click.echo(f"Next: python ltp.py {following} {shlex.join(words)}")
@@ -437,11 +441,12 @@ def eval_command(**given: Any) -> None:
     show = (lambda line: click.echo(line, err=True)) if process.main else quiet
 
     def collect(examples: Any, logits: Any) -> None:
-        for file, content in ((given["predictions"], "texts"), (given["nbest"], "nbest")):
-            if file and process.main:
-                found = getattr(examples, content)(examples.find(logits))
-                text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-                write_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+        files = ((given["predictions"], "texts"), (given["nbest"], "nbest"))
+        wanted = [(file, content) for file, content in files if file and process.main]
+        found = examples.find(logits) if wanted else None
+        for file, content in wanted:
+            text = json.dumps(getattr(examples, content)(found), indent=1, ensure_ascii=False) + "\n"
+            write_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
     evaluation = evaluate_checkpoint(
         find_model(given["restore"]),
@@ -592,6 +597,8 @@ def predict(text: str | None, **given: Any) -> None:
         raise click.UsageError("pass either TEXT or --input FILE")
     if text is not None and given["output_file"] or text is None and given["pair"] is not None:
         raise click.UsageError("--pair goes with TEXT, and --output with --input")
+    if text is None and not given["input_file"].is_file():
+        raise InputError(f"--input {given['input_file']}: no such file")
     from model import find_model
     from train import Predictor, predict_file, start_process
 
@@ -750,7 +757,7 @@ def sweep_command(**given: Any) -> None:
         if grid["target_flops"] and grid["regularization"]:
             raise click.UsageError("a target finds λ itself; pass --target-flops or --lambda")
         common = {name: given[name] for name in ("epochs", "adapt_epochs", "batch_size", "max_seq_length")}
-        distill = find_model(given["distill"]) if given["distill"] else None
+        distill = find_model(given["distill"], "--distill") if given["distill"] else None
         rows = run_sweep(
             find_model(given["restore"]),
             source,

@@ -874,10 +874,11 @@ class Loaded(NamedTuple):
     notes: list[str]  # what the user should be told
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, option: str = "--restore") -> Path:
     """The folder of a model: `name` itself, or the copy of a hub model in the local cache, fetched at need.
 
-    A hub name may say which revision, a branch, tag or commit: "name@revision". Raises: InputError if it is neither.
+    A hub name may say which revision, a branch, tag or commit: "name@revision".
+    Raises: InputError, speaking of the command line's `option`, if it is neither.
     """
     on_hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", name)
     if Path(name).exists() or not on_hub:
@@ -893,7 +894,7 @@ def find_model(name: str) -> Path:
         return folder
     except Exception as error:  # offline, unknown or private: the library's errors have no common class
         raise InputError(
-            f"--restore {name}: no such folder here, and the hub gave no model of that name"
+            f"{option} {name}: no such folder here, and the hub gave no model of that name"
             f"{' and revision' if on_hub[2] else ''} ({type(error).__name__})"
         ) from None
 

@@ -919,6 +919,11 @@ def train(
                 raise Interrupted(
                     f"stopped after step {done} of {steps}; the same command with --resume goes on", number
                 )
+    if settings.target_flops and abs(best["relative_flops"] - settings.target_flops) > BUDGET_MARGIN:
+        show(
+            f"note: the target was {settings.target_flops} of the dense FLOPs, but the evaluation examples take "
+            f"{best['relative_flops']:.3f}"
+        )
     if process.main:
         append(log, {"event": "end", "best": best})
         for path in (output / STATES).glob("step-*.pt"):  # a finished run has nothing to resume
@@ -1021,7 +1026,8 @@ def backward(
     settings: Settings,
     process: Process,
 ) -> tuple[float, float]:
-    """Leaves the gradient of a global batch in the parameters; returns its loss and, in soft pruning, relative FLOPs.
+    """Leaves the gradient of a global batch in the parameters; returns its loss (without λ's part) and, in soft pruning,
+    relative FLOPs.
 
     Loss = mean task loss over the batch + λ Σ_l mean of m over its tokens (equation 9 of the paper); with a target,
     λ · relative FLOPs of the soft masks instead. The means are over the global batch, so that neither the number of
@@ -1053,7 +1059,7 @@ def backward(
                     count=pruning == "soft",
                 )
             choices = as_choices(config.head, output.logits, batch.lengths)
-            loss, relative = task_loss(choices, targets) / count, 0.0
+            loss, relative, asked = task_loss(choices, targets) / count, 0.0, 0.0
             if examples.teacher is not None:
                 rows = [torch.from_numpy(examples.teacher[j]).to(process.device) for j in share]
                 taught = torch.stack(rows) if config.head == "sequence" else torch.cat(rows)
@@ -1064,8 +1070,7 @@ def backward(
             if pruning == "soft":
                 relative = macs(config, batch.lengths, output.kept).sum() / dense
                 asked = relative if settings.target_flops else output.soft_mask_sum / tokens
-                loss = loss + settings.regularization * asked
-            (loss * weight).backward()
+            ((loss + settings.regularization * asked) * weight).backward()
         total += torch.stack([loss, torch.as_tensor(relative, device=loss.device)]).detach().double() * (weight > 0)
     # A key's bias adds the same to all logits of a query, and a span head's to those of all tokens, which softmax ignores:
     # their gradients are 0 but for rounding, and Adam would blow that up to whole steps in a random direction.

@@ -96,12 +96,16 @@ def test_the_authors_pipeline(runs, demo):
 def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_path):
     options = ("--data", demo / "data", "--bs", 16, "--epochs", 0.2, "--target-flops", 0.6, "--temperature", "3e-3")
     teacher = ("--distill", runs / "finetune")
-    run("soft", *options, *teacher, "--restore", runs / "finetune", "--output", tmp_path / "soft")
+    told = run("soft", *options, *teacher, "--restore", runs / "finetune", "--output", tmp_path / "soft").output
+    following = next(line for line in told.splitlines() if line.startswith("Next: "))
+    assert f"--target-flops 0.6 --distill {runs / 'finetune'} --restore {tmp_path / 'soft'}" in following
     start = json.loads((tmp_path / "soft" / "log.jsonl").read_text().splitlines()[0])
     wanted = soft_target(128) | {"temperature": 3e-3}
     assert start["final_token_threshold"] == wanted.pop("final_token_threshold")
     assert {name: start["settings"][name] for name in wanted} == wanted
     assert start["settings"]["target_flops"] == 0.6 and start["distill"] == str(runs / "finetune")
+    assert "finds λ by itself" in refused("soft", *options, "--lambda", 0.1, "--restore", runs / "finetune")
+    assert "--distill nowhere: no such" in refused("soft", *options, "--distill", "nowhere", "--restore", runs / "soft")
 
 
 def test_eval_prints_and_writes(runs, demo, tmp_path):

@@ -97,14 +97,17 @@ def test_parts_of_a_batch_add_up_to_the_whole(pruning):
 
 def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks():
     model = small_model()
+    model.thresholds.requires_grad_(True)
     data, indices = examples(6), np.arange(6)
-    with torch.no_grad():
-        output = model(*data.batch(indices), pruning="soft", temperature=1e-3)
-    expected = (
-        task_loss(output.logits, torch.from_numpy(data.labels)) / 6 + 0.3 * output.soft_mask_sum / data.lengths.sum()
-    )
-    settings = Settings(regularization=0.3, temperature=1e-3)
-    assert backward(model, data, indices, "soft", settings, Process())[0] == pytest.approx(float(expected), rel=1e-6)
+    output = model(*data.batch(indices), pruning="soft", temperature=1e-3)
+    task = task_loss(output.logits, torch.from_numpy(data.labels)) / 6
+    (task + 0.3 * output.soft_mask_sum / data.lengths.sum()).backward()
+    expected = gradients(model)
+    loss, _ = backward(model, data, indices, "soft", Settings(regularization=0.3, temperature=1e-3), Process())
+    assert loss == pytest.approx(task.item(), rel=1e-6)  # what is told leaves λ's part out
+    found = gradients(model)
+    for name in ("thresholds", "layers.0.intermediate.weight", "head.output.bias"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
     assert 0 < float(output.soft_mask_sum) < 5 * data.lengths.sum()
 
 
