@@ -362,7 +362,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> (T, out)."""
-        if self.packed is None or len(x) > PACKED_TOKENS or x.is_cuda or torch.is_grad_enabled():
+        plain = self.packed is None or len(x) > PACKED_TOKENS or x.is_cuda
+        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 

@@ -211,6 +211,13 @@ def test_packed_weights_change_nothing(model, mode):
     assert model.layers[0].intermediate.packed is None
 
 
+def test_bf16_has_no_use_for_packed_weights(model):
+    batch = pack([[0, 7, 9, 2], [0, 2]])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        plain = model(*batch).logits
+        assert torch.equal(model.pack()(*batch).logits, plain)
+
+
 @pytest.mark.parametrize("limits", [(2**24, float("inf")), (40_000, 500), (0, 0)])
 def test_how_attention_is_grouped_changes_nothing(model, limits, monkeypatch):
     batch = pack(random_sequences(12, seed=5))
