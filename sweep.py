@@ -54,6 +54,7 @@ class Cell:
 
     method: str
     point: tuple[tuple[str, Any], ...]
+    distilled: bool = False
 
     @property
     def name(self) -> str:
@@ -62,10 +63,13 @@ class Cell:
         >>> Cell("ltp", (("target_flops", 0.5), ("learning_rate", 5e-05))).name
         'ltp-target-flops-0.5-lr-5e-05'
         """
-        return "-".join([self.method, *(f"{flag(name)[2:]}-{value}" for name, value in self.point)])
+        words = [self.method, *(f"{flag(name)[2:]}-{value}" for name, value in self.point)]
+        return "-".join(words + ["distilled"] * self.distilled)
 
 
-def grid_cells(methods: list[str], grid: dict[str, list[Any]], lowest_topk: float | None) -> list[Cell]:
+def grid_cells(
+    methods: list[str], grid: dict[str, list[Any]], lowest_topk: float | None, distilled: bool = False
+) -> list[Cell]:
     """All points, without those that would be the same run. Budgets below what top-k can reach become its lowest."""
     cells: dict[Cell, None] = {}  # an ordered set
     for method in methods:
@@ -74,7 +78,7 @@ def grid_cells(methods: list[str], grid: dict[str, list[Any]], lowest_topk: floa
             point = dict(zip(axes, values))
             if method == "topk" and "target_flops" in point:
                 point["target_flops"] = max(point["target_flops"], lowest_topk)
-            cells[Cell(method, tuple(point.items()))] = None
+            cells[Cell(method, tuple(point.items()), distilled)] = None
     return list(cells)
 
 
@@ -164,7 +168,7 @@ def run_sweep(
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
             write_file(results, lambda path: path.write_text(text, encoding="utf-8"))
 
-    cells = grid_cells(methods, grid, lowest)
+    cells = grid_cells(methods, grid, lowest, distill is not None)
     for number, cell in enumerate(cells, 1):
         show(f"\n{number} of {len(cells)}: {cell.name}")
         previous, commands, views = restore, [], {}
@@ -191,7 +195,9 @@ def run_sweep(
             previous = folder
             views[stage] = result.best
         row = {"name": cell.name, "method": cell.method, "folder": str(previous), **dict(cell.point)}
-        row |= {"distilled": distill is not None, "commands": commands} | result.best
+        row |= {"distilled": cell.distilled, "commands": commands} | result.best
+        # Once more, so that all rows come from one process in one precision, whoever trained them.
+        row |= asdict(evaluate_checkpoint(previous, source, process, max_length=max_length))
         if "soft" in views:
             wanted = ("score", "relative_flops", "soft_relative_flops", "threshold_scale")
             row["soft"] = {name: views["soft"].get(name) for name in wanted}
