@@ -1,7 +1,7 @@
 """Pictures: which tokens survive (terminal and page), and plots of runs. Nothing here is needed to train or to predict.
 
 An *example* is a dict, ready for JSON, of one text and what every layer does with it: see `examine`.
-A *run* is what a folder, an `eval --json` file or a `predict` file tells of a model: see `read_run`.
+A *run* is what a folder, an `eval --json` file, a `predict` file or a sweep's results tell: see `read_run`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from data import InputError, pack
 from model import layer_macs
+from sweep import read_results
 from train import Predictor, read_log
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,11 +161,17 @@ class Run(NamedTuple):
     best: dict[str, Any] | None  # the evaluation of the checkpoint
     lengths: np.ndarray | None = None  # (N,) tokens of each text of a `predict` file ...
     kept: np.ndarray | None = None  # ... and (N, L) those leaving each layer
+    cells: list[dict[str, Any]] | None = None  # of a sweep, the record of each model
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Reads a run folder, an `eval --json` file, or the answers of `predict`. Raises: InputError naming the file."""
-    if path.is_dir():
+    """Reads the folder of a run or of a sweep, or its results, an `eval --json` file, or the answers of `predict`.
+
+    Raises: InputError naming the file.
+    """
+    if (path / "results.jsonl").is_file():
+        path = path / "results.jsonl"
+    elif path.is_dir():
         path = path / "log.jsonl"
         if not path.is_file():
             raise InputError(f"{path.parent}: holds no log.jsonl; expected the folder of a training run")
@@ -178,6 +185,8 @@ def read_run(path: Path, name: str) -> Run:
             return Run(name, evaluations, [record for record in evaluations if record.get("saved", True)][-1])
         text = path.read_text(encoding="utf-8")
         first = json.loads(text.split("\n", 1)[0] if text.startswith('{"') else text)
+        if "method" in first:
+            return Run(name, [], None, cells=read_results(path))
         if needed <= set(first):
             return Run(name, [first], first)
         answers = [json.loads(line) for line in text.splitlines()]
@@ -277,6 +286,7 @@ def plot_curves(runs: list[Run]) -> Any:
 
 def plot_kept(runs: list[Run]) -> Any:
     """Share of the tokens that leaves each layer; for `predict` files the median text, and the middle 90% as a band."""
+    runs = needing(runs, lambda run: run.best or run.kept is not None, "runs, results of `eval --json` and answers")
     figure, (panel,) = new_figure()
     depth = 0
     for i, run in enumerate(runs):
@@ -355,18 +365,22 @@ def plot_tradeoff(runs: list[Run]) -> Any:
 METHOD_NAMES = {"ltp": "LTP", "manual": "manual thresholds", "topk": "top-k"}
 
 
-def plot_frontier(rows: list[dict[str, Any]]) -> Any:
-    """The records of `sweep`: the task's first metric against relative FLOPs, a line a method through its means over
-    seeds, small marks for single runs, and the dense model's value across."""
-    figure, (panel,) = new_figure()
-    dense = next(row for row in rows if row["method"] == "dense")
-    metric = next(iter(dense["metrics"]))
-    panel.axhline(dense["metrics"][metric], color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
-    # A line for each way of training, a point on it for each budget (or λ), over seeds.
-    lines: dict[str, dict[Any, list[tuple[float, float]]]] = {}
-    for row in sorted(rows, key=lambda row: [*METHOD_NAMES, "dense"].index(row["method"])):
-        if row["method"] != "dense":
-            label = METHOD_NAMES[row["method"]] + ("" if row["distilled"] else ", not distilled")
+def plot_frontier(runs: list[Run]) -> Any:
+    """Results of `sweep`, a panel each: the task's first metric against relative FLOPs, a line for each way of training
+    through its means over seeds, small marks for single runs, and the dense model's value across."""
+    runs = needing(runs, lambda run: run.cells and run.cells[0]["method"] == "dense", "results of `sweep`")
+    figure, panels = new_figure(1, len(runs), 6.4 if len(runs) == 1 else 4.4)
+    looks: dict[str, dict[str, Any]] = {}  # by label, the same in all panels
+    for panel, run in zip(panels, runs):
+        dense, *pruned = run.cells
+        metric = next(iter(dense["metrics"]))
+        panel.axhline(dense["metrics"][metric], color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+        pruned.sort(key=lambda row: [*METHOD_NAMES].index(row["method"]))
+        mixed = len({row["distilled"] for row in pruned}) > 1
+        # A line for each way of training, a point on it for each budget (or λ), over seeds.
+        lines: dict[str, dict[Any, list[tuple[float, float]]]] = {}
+        for row in pruned:
+            label = METHOD_NAMES[row["method"]] + (", not distilled" if mixed and not row["distilled"] else "")
             for axis, sign in (
                 ("temperature", "τ"),
                 ("threshold_learning_rate", "rate of θ"),
@@ -375,14 +389,20 @@ def plot_frontier(rows: list[dict[str, Any]]) -> Any:
                 label += f", {sign} {row[axis]:g}" if axis in row else ""
             points = lines.setdefault(label, {}).setdefault((row.get("target_flops"), row.get("regularization")), [])
             points.append((row["relative_flops"], row["metrics"][metric]))
-    for i, (label, groups) in enumerate(lines.items()):
-        means = sorted(tuple(np.mean(points, 0)) for points in groups.values())
-        panel.plot(*zip(*means), label=label, markersize=7, **look_of(i))
-        single = [point for points in groups.values() if len(points) > 1 for point in points]
-        if single:
-            panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look_of(i))
-    panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
-    figure.legend(loc="outside lower center", ncols=min(4, 1 + len(lines)) if len(lines) < 4 else 2, frameon=False)
+        for label, groups in lines.items():
+            look = looks.setdefault(label, look_of(len(looks)))
+            means = sorted(tuple(np.mean(points, 0)) for points in groups.values())
+            panel.plot(*zip(*means), label=label, markersize=7, **look)
+            single = [point for points in groups.values() if len(points) > 1 for point in points]
+            if single:
+                panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look)
+        panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
+        panel.set_title(run.name if len(runs) > 1 else "")
+    shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    wide = len(runs) > 1 or len(shown) < 5
+    figure.legend(
+        shown.values(), shown, loc="outside lower center", ncols=min(5, len(shown)) if wide else 2, frameon=False
+    )
     return figure
 
 
@@ -391,6 +411,7 @@ PLOTS: dict[str, Callable[[list[Run]], Any]] = {
     "kept": plot_kept,
     "lengths": plot_lengths,
     "tradeoff": plot_tradeoff,
+    "frontier": plot_frontier,
 }
 
 
@@ -403,7 +424,9 @@ def needing(runs: list[Run], fits: Callable[[Run], Any], what: str) -> list[Run]
 
 
 def natural_kind(runs: list[Run]) -> str:
-    """What a reader wants to see first: curves of one run, a trade-off of several, lengths of texts."""
+    """What a reader wants to see first: curves of one run, a trade-off of several, lengths of texts, a sweep's frontier."""
+    if any(run.cells for run in runs):
+        return "frontier"
     if any(run.kept is not None for run in runs):
         return "lengths" if all(run.kept is not None for run in runs) else "kept"
     return "curves" if len(runs) == 1 and "step" in runs[0].evaluations[0] else "tradeoff"

@@ -743,7 +743,7 @@ def sweep_command(**given: Any) -> None:
     source = make_source(given)
     with screen() as (show, progress):
         show("loading ...")
-        from look import new_figure, plot_frontier, save_figure
+        from look import new_figure, plot_frontier, read_run, save_figure
         from model import find_model, write_file
         from sweep import AXES, run_sweep
         from train import start_process
@@ -773,7 +773,7 @@ def sweep_command(**given: Any) -> None:
         )
     if process.main:
         evaluation_table([(row["name"], row) for row in rows])
-        figure = plot_frontier(rows)
+        figure = plot_frontier([read_run(given["output"], "")])
         write_file(given["output"] / "frontier.png", lambda path: save_figure(figure, path, "png"))
         click.echo(f"{given['output']}: results.jsonl, frontier.png, and the checkpoints")
 
@@ -819,17 +819,18 @@ def export_command(restore: str, output: Path, dense: bool) -> None:
 )
 @click.option(
     "--kind",
-    type=click.Choice(["curves", "kept", "lengths", "tradeoff"]),
-    help="What to draw.  [default: curves of one run, tradeoff of several, lengths of answers]",
+    type=click.Choice(["curves", "kept", "lengths", "tradeoff", "frontier"]),
+    help="What to draw.  [default: curves of one run, tradeoff of several, lengths of answers, frontier of sweeps]",
 )
 def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
-    """Draw runs: their folders, results of `eval --json`, or answers of `predict --output`.
+    """Draw runs: their folders, results of `eval --json`, answers of `predict --output`, or what `sweep` left.
 
     \b
     curves     loss, score, relative FLOPs and thresholds over the steps      run folders
     tradeoff   accuracy against relative FLOPs                                run folders, eval results
     kept       share of the tokens left after each layer                      all; of answers with its spread
     lengths    tokens leaving the last layer against tokens of the text       answers
+    frontier   accuracy against relative FLOPs by method, a panel a task      folders of sweeps, or their results.jsonl
 
     \b
     python ltp.py plot --output curves.svg m/soft

@@ -219,13 +219,14 @@ def run_sweep(
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a results.jsonl. Raises: InputError naming file and line."""
+    """The records of a results.jsonl, the dense model's first. Raises: InputError naming file and line."""
     rows = []
     try:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             rows.append(json.loads(line))
-            if not {"name", "method", "score", "metrics", "relative_flops"} <= set(rows[-1]):
+            known = {"name", "method", "score", "metrics", "relative_flops"} <= set(rows[-1])
+            if not known or rows[-1]["method"] not in ("dense", *METHODS):
                 raise InputError(f"{path}, line {number}: not a record of `sweep`")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not the results of `sweep` ({error})") from None
-    return rows
+    return sorted(rows, key=lambda row: row["method"] != "dense")

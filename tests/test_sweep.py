@@ -104,6 +104,14 @@ def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dens
     run(*command, "--method", "manual", "--no-speed")
     assert len(read_results(tmp_path / "out" / "results.jsonl")) == len(rows) + 3  # and those of --seed 42
 
+    # What it left can be drawn again, beside others, with one legend.
+    run("plot", tmp_path / "out", tmp_path / "out" / "results.jsonl", "--output", tmp_path / "both.svg")
+    drawn = (tmp_path / "both.svg").read_text()
+    assert drawn.count("LTP") == 1 and drawn.count("relative FLOPs (1: the dense model)") == 2
+    command = ["plot", str(tmp_path / "out"), "--output", str(tmp_path / "no.png"), "--kind", "kept"]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 2 and "this kind of plot shows runs" in refused.stderr
+
 
 def test_a_target_and_a_lambda_are_one_too_many(dense, demo, tmp_path):
     words = ["sweep", "--restore", dense, "--data", demo / "data", "--lambda", 0.1, "--target-flops", 0.5]
