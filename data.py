@@ -84,6 +84,12 @@ class Settings:
     mask_floor: float = setting(
         0.0, "Drop tokens in soft training too, once their soft mask is below this: faster, and closer to `hard`."
     )
+    mask_attention: bool = setting(
+        False,
+        "What a soft mask multiplies: the layer's output, as in the paper, or how much later layers attend to the token, "
+        "which comes closer to dropping it.",
+        "--mask-attention/--mask-output",
+    )
     distill_weight: float = setting(
         0.5, "With --distill: weight of the teacher's answers in the loss; the labels have the rest."
     )
@@ -103,14 +109,15 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 
 
-def soft_target(max_length: int) -> dict[str, float]:
+def soft_target(max_length: int) -> dict[str, Any]:
     """Defaults of soft training towards --target-flops: thresholds that start low and move fast, and a soft mask that
-    becomes the hard decision, so that the FLOPs of both agree at the end.
+    acts where dropping acts and becomes the hard decision, so that both views of the model agree at the end.
 
-    All but the floor are on the scale of the scores, which are divided by the maximum length.
+    Thresholds, τ and rate are on the scale of the scores, which are divided by the maximum length.
     """
     scale = 128 / max_length
     return {
+        "mask_attention": True,
         "mask_floor": 0.02,
         "temperature": 1e-3 * scale,
         "temperature_end": 2e-4 * scale,

@@ -161,6 +161,7 @@ SOFT_ONLY = {
     "regularization",
     "temperature",
     "temperature_end",
+    "mask_attention",
     "mask_floor",
     "threshold_learning_rate",
     "threshold_weight_decay",
@@ -277,7 +278,7 @@ def finetune() -> None:
 def soft() -> None:
     """Learn the thresholds together with the weights (first stage of LTP).
 
-    Every layer's output is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed
+    Every layer's output (or the attention to it) is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed
     over the layers) is added to the loss. No token is dropped yet, so this stage costs as much as fine-tuning. Evaluation
     shows what dropping would do. Follow with `hard`.
 

@@ -22,6 +22,8 @@ Departures from the authors' release, where each was a choice:
 - the thresholds are one learnable vector, saved with the weights as `ltp.thresholds`;
 - the regulariser runs over real tokens only, and dropout never touches a score;
 - the top-k rate is clamped at 0, not 0.01;
+- a soft mask may act on the attention that later layers pay to the token instead of on the layer's output: then a mask
+  of 0 is the same as dropping, and soft training leads where hard pruning goes (towards a budget this is the default);
 - in the last layer a classifier needs the output of the first token only, so only that one is computed;
 - where every token has an answer (questions, tags), a pruned token's is read off the state that it was dropped with; in
   soft training a token leaves by degrees, and what is read is the mean of its states by how much left when.
@@ -390,6 +392,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     alive: Tensor | None,
+    presence: Tensor | None,
     dropout: Dropout,
     score: bool,
     cls_only: bool,
@@ -398,6 +401,9 @@ def attend(
     """Softmax attention of b sequences laid on a grid, and what each token received.
 
     query, key, value (b, H, n, d) (query may have fewer rows); alive (b, n) tells tokens from padding, None: all are.
+    presence (b, n): how much of each token is there, 0 to 1 (soft pruning; None: all of it). A key's probability is
+    multiplied by its presence before they are made to sum to 1, and what a query gives counts in proportion to its own,
+    so that presence 0 is the same as absence.
     max_area: how many probabilities of a head are made at a time; a softmax needs whole rows, but not all of them.
     Returns the context (b, H, queries, d), the first query's alone if `cls_only`, and, if `score`, the attention
     probability that each token receives, summed over heads and alive queries (b, n), before dropout, in float32.
@@ -413,15 +419,19 @@ def attend(
     padding = q.new_zeros(b, 1, 1, n)  # added to the logits: -inf where there is no token
     if alive is not None:
         padding.masked_fill_(~alive[:, None, None], -math.inf)
+    if presence is not None:
+        padding = padding + presence.clamp(min=1e-6).log()[:, None, None]
     padding = padding.expand(b, H, 1, n).flatten(0, 1)
     contexts, received = [], []
     step = max(1, max_area // (b * n))
     for start in range(0, queries, step):
         rows = slice(start, start + step)
-        logits = torch.baddbmm(padding, q[:, rows], k.mT, alpha=d**-0.5, beta=alive is not None)  # (b · H, rows, n)
+        beta = alive is not None or presence is not None
+        logits = torch.baddbmm(padding, q[:, rows], k.mT, alpha=d**-0.5, beta=beta)  # (b · H, rows, n)
         probs = logits.softmax(-1, dtype=torch.float32)
         if score:
             given = probs.unflatten(0, (b, H)).sum(1)  # (b, rows, n)
+            given = given if presence is None else given * presence[:, rows, None]
             received.append((given if alive is None else given * alive[:, rows, None]).sum(1))
         if not cls_only or start == 0:
             contexts.append(dropout(probs[:, :1] if cls_only else probs).to(v.dtype) @ v)
@@ -439,8 +449,11 @@ class SelfAttention(nn.Module):
         self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, lengths: Tensor, score: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
-        """x (T, D), lengths (B,) -> attended (T, D), or (B, D) of the first tokens if `cls_only`; received (T,)."""
+    def forward(
+        self, x: Tensor, lengths: Tensor, presence: Tensor | None, score: bool, cls_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (T, D), lengths (B,), presence (T,) -> attended (T, D), or (B, D) of the first tokens if `cls_only`; received
+        (T,) if `score`."""
         D = x.size(1)
         sizes = lengths.tolist()  # on CUDA the one synchronisation of the layer: shapes depend on the data
         max_area, max_waste = (2**24, math.inf) if x.is_cuda else (40_000, 500)
@@ -454,6 +467,7 @@ class SelfAttention(nn.Module):
             queries = None
             keys_values = self.query_key_value(x).split(tokens)
 
+        presences = [None] * len(groups) if presence is None else presence[:, None].split(tokens)
         contexts, received = [], []
         for i, (group, projected) in enumerate(zip(groups, keys_values)):
             grid, alive, index = to_grid(projected, group)  # (b, n, 3D or 2D)
@@ -461,7 +475,8 @@ class SelfAttention(nn.Module):
             parts = grid.view(b, n, -1, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
             key, value = parts[-2:]
             query = parts[0] if queries is None else queries[i].view(b, 1, self.num_heads, -1).transpose(1, 2)
-            context, group_received = attend(query, key, value, alive, self.dropout, score, cls_only, max_area)
+            there = None if presence is None else to_grid(presences[i], group)[0].squeeze(2)
+            context, group_received = attend(query, key, value, alive, there, self.dropout, score, cls_only, max_area)
             context = context.transpose(1, 2).reshape(-1, D)
             contexts.append(context if cls_only or index is None else context[index])
             if score:
@@ -528,9 +543,11 @@ class Layer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def attention_block(self, x: Tensor, lengths: Tensor, score: bool, cls_only: bool) -> tuple[Tensor, Tensor | None]:
+    def attention_block(
+        self, x: Tensor, lengths: Tensor, presence: Tensor | None, score: bool, cls_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """x (T, D) -> x (T, D), or (B, D) if `cls_only`; attention received by each token (T,) if `score`."""
-        attended, received = self.attention(x, lengths, score, cls_only)
+        attended, received = self.attention(x, lengths, presence, score, cls_only)
         residual = x[sequence_starts(lengths)] if cls_only else x
         return self.attention_norm(residual + self.dropout(attended)), received
 
@@ -617,6 +634,7 @@ class Model(nn.Module):
         pruning: str | None = None,
         temperature: float | None = None,
         mask_floor: float = 0.0,
+        mask_attention: bool = False,
         per_token: bool = False,
         trace: bool = False,
         count: bool = True,
@@ -627,6 +645,8 @@ class Model(nn.Module):
         lengths (B,): their lengths, each at least 1.
         pruning: "none", "soft" (needs `temperature`), "hard" or "topk"; default: what the configuration says.
         mask_floor: tokens whose soft mask falls below it are dropped in soft pruning too.
+        mask_attention: let soft masks multiply the token's presence in the attention of all later layers, which comes to
+            dropping it as the mask goes to 0, and not, as in the paper, the output of the layer.
         per_token: also return each token's last hidden state, pruned tokens' included, in the order given.
         trace: also return every layer's scores and decisions.
         count: also tell how many tokens are kept. Without it, hard pruning has no use for the last layer's scores: they
@@ -656,7 +676,8 @@ class Model(nn.Module):
             # nobody reads what is left, but for counting; how many top-k keeps is known without.
             read = not cls_only or count and pruning == "hard"
             score = trace or pruning == "soft" or drops and read
-            x, received = layer.attention_block(x, lengths, score, cls_only)
+            presence = survival if pruning == "soft" and mask_attention and index else None
+            x, received = layer.attention_block(x, lengths, presence, score, cls_only)
 
             keep = mask = None
             if score:
@@ -694,7 +715,7 @@ class Model(nn.Module):
             kept.append(soft_count if pruning == "soft" else lengths)
 
             x = layer.feed_forward_block(x)
-            if mask is not None and index < L - 1:
+            if mask is not None and not mask_attention and index < L - 1:
                 x = x * mask[:, None].to(x.dtype)
 
         if per_token:

@@ -1056,6 +1056,7 @@ def backward(
                     pruning=pruning,
                     temperature=settings.temperature,
                     mask_floor=settings.mask_floor,
+                    mask_attention=settings.mask_attention,
                     count=pruning == "soft",
                 )
             choices = as_choices(config.head, output.logits, batch.lengths)

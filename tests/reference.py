@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-def forward(model, sequences, pruning, temperature=None):
+def forward(model, sequences, pruning, temperature=None, mask_attention=False):
     """Returns logits (B, labels), kept (L, B), and Σ m over real tokens (a number; 0 without soft).
 
     In soft mode kept is Σ Π m: the masks of a token's layers multiplied, summed over the real tokens. A token head's
@@ -33,12 +33,14 @@ def forward(model, sequences, pruning, temperature=None):
         weight, bias = layer.attention.query_key_value.weight, layer.attention.query_key_value.bias
         q, k, v = (x @ weight[i * D : (i + 1) * D].T + bias[i * D : (i + 1) * D] for i in range(3))
         heads, score = [], torch.zeros(B, n)
+        there = survival if mask_attention else alive.float()  # what of each token there is to attend and to be attended
         for h in range(H):
             part = slice(h * D // H, (h + 1) * D // H)
             logits = torch.einsum("bid,bjd->bij", q[..., part], k[..., part]) / math.sqrt(D // H)
-            probs = torch.softmax(logits + torch.where(alive, 0.0, -1e9)[:, None, :], -1)
+            weights = (logits - logits.amax(-1, keepdim=True)).exp() * there[:, None, :]
+            probs = weights / weights.sum(-1, keepdim=True)
             heads.append(probs @ v[..., part])
-            score = score + (probs * alive[:, :, None]).sum(1)
+            score = score + (probs * there[:, :, None]).sum(1)
         norm = torch.tensor([float(config.max_seq_length)] * B)
         if config.score_norm == "length":
             norm = real.sum(1).float()
@@ -72,7 +74,7 @@ def forward(model, sequences, pruning, temperature=None):
         y = y @ layer.output.weight.T + layer.output.bias
         x = F.layer_norm(x + y, (D,), layer.output_norm.weight, layer.output_norm.bias, config.layer_norm_eps)
         last = left + stays[:, :, None] * x
-        x = x * mask[:, :, None]
+        x = x if mask_attention else x * mask[:, :, None]
     if config.head == "token":
         logits = last @ model.head.output.weight.T + model.head.output.bias
         return logits[real], torch.stack(kept), mask_sum

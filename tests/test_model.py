@@ -119,14 +119,14 @@ def test_grid_is_a_view_without_padding():
 def test_received_attention_sums_over_heads_and_alive_queries():
     query = key = value = torch.zeros(1, 2, 3, 4)  # uniform attention over the two alive keys
     alive = torch.tensor([[True, True, False]])
-    _, received = attend(query, key, value, alive, Dropout(0.0), True, False, 100)
+    _, received = attend(query, key, value, alive, None, Dropout(0.0), True, False, 100)
     assert received.tolist() == [[2.0, 2.0, 0.0]]  # 2 heads · 2 queries · 1/2
 
 
 def test_dropout_does_not_touch_the_scores():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
-    with_dropout, without = (attend(query, key, value, None, Dropout(rate), True, False, 100)[1] for rate in (0.5, 0.0))
+    with_dropout, without = (attend(query, key, value, None, None, Dropout(rate), True, False, 100)[1] for rate in (0.5, 0.0))
     torch.testing.assert_close(with_dropout, without)
 
 
@@ -152,7 +152,7 @@ def test_attention_in_blocks_of_queries_equals_the_whole(area, cls_only):
     alive = torch.tensor([[True] * 5, [True, True, True, False, False]])
     whole = F.scaled_dot_product_attention(query, key, value, alive[:, None, None])
     probs = (query @ key.mT / 2).masked_fill(~alive[:, None, None], -torch.inf).softmax(-1)
-    context, received = attend(query, key, value, alive, Dropout(0.0), True, cls_only, area)
+    context, received = attend(query, key, value, alive, None, Dropout(0.0), True, cls_only, area)
     torch.testing.assert_close(context, whole[:, :, :1] if cls_only else whole)
     torch.testing.assert_close(received, (probs * alive[:, None, :, None]).sum((1, 2)))
 
@@ -175,6 +175,29 @@ def test_packed_equals_a_masked_padded_forward(mode, score_norm):
         assert kept[-1].sum() < 0.6 * sum(map(len, sequences))
     if mode == "soft":
         assert float(output.soft_mask_sum) == pytest.approx(float(mask_sum), rel=1e-5)
+
+
+def test_masks_on_attention_equal_the_masked_forward_and_go_over_into_dropping():
+    model = small_model().double()
+    model.thresholds.data = threshold_ladder(0.01, 5).double()
+    model.thresholds.requires_grad_(True)
+    sequences, soft = random_sequences(7), {"temperature": 1e-3, "mask_attention": True}
+    output = model(*pack(sequences), pruning="soft", **soft)
+    logits, kept, mask_sum = reference.forward(model, sequences, "soft", **soft)
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.kept.double(), kept.double(), atol=1e-3, rtol=0)
+    found, expected = (
+        torch.autograd.grad(value.square().sum(), [model.thresholds, model.embeddings.word.weight], retain_graph=True)
+        for value in (output.logits, logits)
+    )
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    with torch.inference_mode():
+        hard = model(*pack(sequences), pruning="hard")
+        sharp = model(*pack(sequences), pruning="soft", temperature=1e-9, mask_attention=True)
+        on_output = model(*pack(sequences), pruning="soft", temperature=1e-9)
+    torch.testing.assert_close(sharp.logits, hard.logits, atol=1e-3, rtol=0)  # presence is at least 1e-6
+    assert (on_output.logits - hard.logits).abs().max() > 0.01  # zeroed tokens are still attended to
 
 
 @pytest.mark.parametrize("mode", MODES)
