@@ -108,7 +108,7 @@ def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks():
     found = gradients(model)
     for name in ("thresholds", "layers.0.intermediate.weight", "head.output.bias"):
         torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-5)
-    assert 0 < float(output.soft_mask_sum) < 5 * data.lengths.sum()
+    assert 0 < output.soft_mask_sum.item() < 5 * data.lengths.sum()
 
 
 def test_evaluation_counts_every_example_once_whatever_the_batch_size():
