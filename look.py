@@ -386,7 +386,8 @@ def plot_frontier(runs: list[Run]) -> Any:
                 ("threshold_learning_rate", "rate of θ"),
                 ("learning_rate", "rate"),
             ):
-                label += f", {sign} {row[axis]:g}" if axis in row else ""
+                varies = len({other.get(axis) for other in pruned if other["method"] == row["method"]}) > 1
+                label += f", {sign} {row[axis]:g}" if varies and axis in row else ""
             points = lines.setdefault(label, {}).setdefault((row.get("target_flops"), row.get("regularization")), [])
             points.append((row["relative_flops"], row["metrics"][metric]))
         for label, groups in lines.items():
