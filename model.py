@@ -403,7 +403,7 @@ def attend(
     query, key, value (b, H, n, d) (query may have fewer rows); alive (b, n) tells tokens from padding, None: all are.
     presence (b, n): how much of each token is there, 0 to 1 (soft pruning; None: all of it). A key's probability is
     multiplied by its presence before they are made to sum to 1, and what a query gives counts in proportion to its own,
-    so that presence 0 is the same as absence.
+    so that presence 0 (taken as 1e-6, which has a logarithm) is as good as absence.
     max_area: how many probabilities of a head are made at a time; a softmax needs whole rows, but not all of them.
     Returns the context (b, H, queries, d), the first query's alone if `cls_only`, and, if `score`, the attention
     probability that each token receives, summed over heads and alive queries (b, n), before dropout, in float32.

@@ -114,6 +114,18 @@ def test_pruned_tokens_answer_as_in_a_masked_padded_forward(mode):
     torch.testing.assert_close(output.kept.float(), kept.float(), atol=1e-3, rtol=0)
 
 
+def test_masks_on_attention_forward_states_as_in_a_masked_padded_forward():
+    model, sequences = token_model(), random_sequences(7)
+    soft = {"temperature": 1e-3, "mask_attention": True}
+    with torch.inference_mode():
+        output = model(*pack(sequences), pruning="soft", **soft)
+        logits, kept, _ = reference.forward(model, sequences, "soft", **soft)
+        on_output = model(*pack(sequences), pruning="soft", temperature=1e-3)
+    torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.kept, kept, atol=1e-3, rtol=0)
+    assert (on_output.logits - logits).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("head", ["token", "span"])
 @pytest.mark.parametrize("mode", MODES)
 def test_bf16(mode, head):
