@@ -630,8 +630,19 @@ def clear_output(folder: Path) -> None:
     """Removes a run's own files from its folder, and nothing else."""
     if is_ours(folder / "README.md"):
         (folder / "README.md").unlink(missing_ok=True)
-    for path in [*(folder / name for name in RUN_FILES), *(folder / STATES).glob("step-*.pt")]:
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    clear_states(folder)
+
+
+def clear_states(folder: Path) -> None:
+    """Removes what only an unfinished run needs, and what a kill left half written."""
+    states = folder / STATES
+    halves = [path for name in (*RUN_FILES, "README.md") for path in folder.glob(f".{name}.????????")]
+    for path in [*halves, *states.glob("step-*.pt"), *states.glob("step.new"), *states.glob(".step.new.????????")]:
         path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        states.rmdir()
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -926,10 +937,7 @@ def train(
         )
     if process.main:
         append(log, {"event": "end", "best": best})
-        for path in (output / STATES).glob("step-*.pt"):  # a finished run has nothing to resume
-            path.unlink()
-        with contextlib.suppress(OSError):
-            (output / STATES).rmdir()
+        clear_states(output)
     return Result(best, steps, float(np.median(times)) if times else math.nan)
 
 
@@ -1181,6 +1189,8 @@ def run_stage(
     best = finished(output / "log.jsonl") if resume else None
     if best:
         check_same_run(output / "log.jsonl", header | {"settings": asdict(settings)})
+        if process.main:
+            clear_states(output)  # killed right after its last line
         show("this run has come to its end: nothing to resume")
         return output, Result(best, best["step"], math.nan)
     # Fine-tuning may change the classes of your own data; later stages keep those of the checkpoint.

@@ -119,6 +119,26 @@ def test_a_damaged_state_is_passed_over(demo, start, straight, tmp_path):
     same(other, straight)
 
 
+def test_what_a_kill_left_half_written_is_removed(demo, start, straight, tmp_path):
+    """Killed while it wrote a checkpoint and a state, and another time between its last line and its clearing up."""
+    with pytest.raises(Interrupted):
+        train(demo, start, tmp_path, lambda step, **state: step == 8 and os.kill(os.getpid(), signal.SIGTERM))
+    for half in (".model.safetensors.a1b2c3d4", f"{STATES}/.step.new.a1b2c3d4", f"{STATES}/step.new"):
+        (tmp_path / half).write_bytes(b"half")
+    train(demo, start, tmp_path)
+    same(tmp_path, straight)
+
+    (tmp_path / STATES).mkdir()
+    for late in (f"{STATES}/step-000000018-0123456789abcdef.pt", ".README.md.a1b2c3d4"):
+        (tmp_path / late).write_bytes(b"late")
+    train(demo, start, tmp_path)
+    same(tmp_path, straight)
+    (tmp_path / STATES).mkdir()
+    (tmp_path / STATES / "notes.txt").write_text("the user's own")
+    train(demo, start, tmp_path)
+    assert (tmp_path / STATES / "notes.txt").exists()
+
+
 def test_resuming_with_other_settings_is_refused(demo, start, tmp_path):
     with pytest.raises(Interrupted):
         train(demo, start, tmp_path, lambda step, **state: step == 4 and os.kill(os.getpid(), signal.SIGTERM))
