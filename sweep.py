@@ -94,9 +94,8 @@ def cell_stages(cell: Cell, common: dict[str, Any], max_length: int) -> Iterator
         epochs = common.get("epochs" if stage == "soft" else "adapt_epochs")
         given = {"epochs": epochs, "batch_size": common.get("batch_size")} | point
         usual = usual_settings(stage, point.get("target_flops"), max_length)
-        options = PruningOptions(max_seq_length=common.get("max_seq_length"))
-        options.final_token_threshold = usual.pop("final_token_threshold", None)
-        yield stage, Settings(**(usual | {name: value for name, value in given.items() if value is not None})), options
+        settings = Settings(**(usual | {name: value for name, value in given.items() if value is not None}))
+        yield stage, settings, PruningOptions(max_seq_length=common.get("max_seq_length"))
 
 
 def cell_command(

@@ -194,10 +194,13 @@ def make_optimizer(model: Model, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, eps=1e-8, fused=True)
 
 
-def rate_factor(step: int, steps: int, warmup: float) -> float:
-    """The learning rate at `step` (from 0) as a share of its peak: linear up over warmup · steps, linear down to 0."""
+def rate_factor(step: int, steps: int, warmup: float, fall: bool = True) -> float:
+    """The learning rate at `step` (from 0) as a share of its peak: linear up over warmup · steps, linear down to 0.
+
+    Without `fall` it stays at the peak.
+    """
     rising = max(1, round(steps * warmup))
-    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1) if fall else 1.0)
 
 
 DISTILL_TEMPERATURE = 2.0
@@ -489,24 +492,24 @@ def synchronize(process: Process) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Budgets: pruning to a share of the dense FLOPs
 
+LADDER_POWER = 4.0  # of the thresholds that soft training starts from: where a text is still being read, it stays whole
 BUDGET_MARGIN = 0.03  # a checkpoint that takes this much more than its target is not kept as the best one
 
 
 class Budget:
-    """Steers λ in soft training until the soft masks take `target` of the dense FLOPs.
+    """Steers λ in soft training so that the soft masks take `target` of the dense FLOPs.
 
-    A proportional-integral controller on the distance from an aim that falls linearly from 1 to the target over the
-    first half of the steps: pruned faster than that, the weights cannot follow. A negative λ asks for more tokens.
+    A proportional-integral controller. A negative λ asks for more tokens.
     """
 
-    def __init__(self, target: float, steps: int):
-        self.target, self.steps = target, steps
+    def __init__(self, target: float):
+        self.target = target
         self.integral = 0.0  # a resumed run needs it
 
-    def regularization(self, step: int, relative: float) -> float:
-        """The λ of the step after `step` (from 0), whose batch took `relative` of its dense FLOPs."""
-        error = relative - (1 + (self.target - 1) * min(1.0, 2 * step / self.steps))
-        self.integral = min(max(self.integral + 0.1 * error, -1.0), 10.0)
+    def regularization(self, relative: float) -> float:
+        """The next step's λ, after a batch that took `relative` of its dense FLOPs."""
+        error = relative - self.target
+        self.integral = min(max(self.integral + 0.3 * error, -1.0), 30.0)
         return self.integral + 10 * error
 
 
@@ -800,7 +803,7 @@ def train(
     save_steps = settings.save_steps or steps_per_epoch
 
     done, best, losses, elapsed = 0, None, [], 0.0  # all that a resumed run needs besides weights and optimizer
-    budget = Budget(settings.target_flops, steps) if settings.target_flops and pruning == "soft" else None
+    budget = Budget(settings.target_flops) if settings.target_flops and pruning == "soft" else None
     regularization = 0.0 if budget else settings.regularization
     if state:
         done, best, losses, elapsed = state["step"], state["best"], state["losses"], state["elapsed"]
@@ -862,7 +865,8 @@ def train(
         for indices in training_batches(train_set, settings, done, steps):
             step_started = time.perf_counter()
             for group, peak in zip(optimizer.param_groups, peak_rates):
-                group["lr"] = peak * rate_factor(done, steps, settings.warmup)
+                steered = budget and group["params"][0] is model.thresholds  # to the end, or λ would pull in vain
+                group["lr"] = peak * rate_factor(done, steps, settings.warmup, fall=not steered)
             model.train()
             fall = (settings.temperature_end or settings.temperature) / settings.temperature
             now = replace(
@@ -870,7 +874,7 @@ def train(
             )
             loss, relative = backward(replica, train_set, indices, pruning, now, process)
             if budget:
-                regularization = budget.regularization(done, relative)
+                regularization = budget.regularization(relative)
             norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
             if model.thresholds.grad is not None:
                 norm += float(model.thresholds.grad.norm())
@@ -1065,6 +1069,7 @@ def backward(
                     temperature=settings.temperature,
                     mask_floor=settings.mask_floor,
                     mask_attention=settings.mask_attention,
+                    sample_masks=settings.sample_masks,
                     count=pruning == "soft",
                 )
             choices = as_choices(config.head, output.logits, batch.lengths)
@@ -1205,12 +1210,10 @@ def run_stage(
     elif stage == "soft":
         if options.final_token_threshold is not None or model.config.score_norm != config.score_norm:
             has_thresholds = False  # asked to start anew, or their scale has changed
-            model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
-        how = (
-            "continue from the checkpoint's"
-            if has_thresholds
-            else f"start from 0 to {model.config.final_token_threshold}"
-        )
+        final, power = model.config.final_token_threshold, LADDER_POWER if settings.target_flops else 1.0
+        if not has_thresholds:
+            model.thresholds.data = threshold_ladder(final, model.config.num_hidden_layers, power)
+        how = "continue from the checkpoint's" if has_thresholds else f"start from 0 to {final}, as (l / L)^{power:g}"
         notes.append(f"the thresholds {how}")
 
     train_set = train_sets[""]
@@ -1220,7 +1223,7 @@ def run_stage(
             rate = rate_for_budget(model.config, *sizes, settings.target_flops)
             model.config = replace(model.config, token_keep_rate=rate)
             notes.append(f"a token keep rate of {rate:.3f} meets the target")
-        elif stage != "soft":
+        else:
             factor = scale_thresholds(model.to(process.device), train_set, settings.target_flops, process)
             if factor is None:
                 raise InputError(

@@ -59,6 +59,7 @@ def test_rate_rises_and_falls_linearly():
     factors = [rate_factor(step, 10, 0.2) for step in range(10)]
     assert factors[:3] == pytest.approx([0.5, 1.0, 8 / 9]) and factors[-1] == pytest.approx(1 / 9)
     assert all(a > b for a, b in zip(factors[1:], factors[2:])) and rate_factor(0, 1, 0.0) == 1.0
+    assert [rate_factor(step, 10, 0.2, fall=False) for step in range(10)] == [0.5] + [1.0] * 9
 
 
 def test_thresholds_have_a_group_of_their_own():
@@ -240,11 +241,10 @@ def test_a_mask_floor_drops_what_the_soft_mask_has_nearly_dropped():
 
 
 def test_a_budget_lets_lambda_rise_while_too_much_is_kept_and_fall_below():
-    budget = Budget(0.5, steps=10)
-    assert budget.regularization(0, 1.0) == 0.0  # the aim starts at 1 ...
-    rising = [budget.regularization(9, 0.8) for _ in range(3)]  # ... and is 0.5 in the second half
-    assert rising == pytest.approx([3.03, 3.06, 3.09])
-    assert budget.regularization(9, 0.4) < 0 < budget.regularization(9, 0.5)
+    budget = Budget(0.5)
+    assert budget.regularization(0.5) == 0.0
+    assert [budget.regularization(0.8) for _ in range(3)] == pytest.approx([3.09, 3.18, 3.27])
+    assert budget.regularization(0.4) < 0 < budget.regularization(0.5)
 
 
 def test_thresholds_are_scaled_to_a_budget():
