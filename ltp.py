@@ -279,12 +279,16 @@ def finetune() -> None:
 def soft() -> None:
     """Learn the thresholds together with the weights (first stage of LTP).
 
-    Every layer's output (or the attention to it) is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed
-    over the layers) is added to the loss. No token is dropped yet, so this stage costs as much as fine-tuning. Evaluation
-    shows what dropping would do. Follow with `hard`.
+    Every layer's output (or the attention to it) is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens
+    kept, summed over the layers) is added to the loss. Without --mask-floor no token is dropped yet, so this stage costs as
+    much as fine-tuning. Evaluation shows what dropping would do. Follow with `hard`.
+
+    With --target-flops the thresholds start where they meet the target, and λ, now the weight of the FLOPs, is found while
+    training.
 
     \b
     python ltp.py soft --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05 --lambda 0.1
+    python ltp.py soft --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05 --target-flops 0.5
 
     Writes checkpoints/base/TASK/absolute_threshold/rate_θ/temperature_τ/lambda_λ/lr_LR.
     """

@@ -23,7 +23,8 @@ Departures from the authors' release, where each was a choice:
 - the regulariser runs over real tokens only, and dropout never touches a score;
 - the top-k rate is clamped at 0, not 0.01;
 - a soft mask may act on the attention that later layers pay to the token instead of on the layer's output: then a mask
-  of 0 is the same as dropping, and soft training leads where hard pruning goes (towards a budget this is the default);
+  of 0 is the same as dropping, and soft training leads where hard pruning goes; and it may be drawn, so that a token is
+  there or not instead of being half there (towards a budget both are the default);
 - in the last layer a classifier needs the output of the first token only, so only that one is computed;
 - where every token has an answer (questions, tags), a pruned token's is read off the state that it was dropped with; in
   soft training a token leaves by degrees, and what is read is the mean of its states by how much left when.
