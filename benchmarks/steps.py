@@ -24,15 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Settings, Source, Tokenizer, epoch_batches, find_task, load_examples  # noqa: E402
+from data import InputError, Settings, Source, Tokenizer, epoch_batches, find_task, load_examples  # noqa: E402
 from model import load_model, macs, write_file  # noqa: E402
 from train import backward, make_optimizer, start_process  # noqa: E402
 
 
 @click.command()
-@click.option("--restore", required=True, type=click.Path(path_type=Path))
+@click.option("--restore", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--task", required=True)
-@click.option("--data", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(exists=True, path_type=Path))
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--steps", default=8, show_default=True, help="Timed steps a stage, after two to warm up.")
 @click.option("--token-keep-rate", default=0.2, show_default=True, help="Of the top-k steps.")
@@ -124,4 +124,8 @@ def main(restore, task, data, batch_size, steps, token_keep_rate, json_file) -> 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
