@@ -492,7 +492,6 @@ def synchronize(process: Process) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Budgets: pruning to a share of the dense FLOPs
 
-LADDER_POWER = 4.0  # of the thresholds that soft training starts from: where a text is still being read, it stays whole
 BUDGET_MARGIN = 0.03  # a checkpoint that takes this much more than its target is not kept as the best one
 
 
@@ -511,6 +510,17 @@ class Budget:
         error = relative - self.target
         self.integral = min(max(self.integral + 0.3 * error, -1.0), 30.0)
         return self.integral + 10 * error
+
+
+def starting_power(num_layers: int, target: float | None) -> float:
+    """The power of the ladder that soft training starts from; with a target its height is found, see `scale_thresholds`.
+
+    A steep one leaves the first layers whole and closes the last ones: two layers or more read the text, the others work
+    on what they found. A budget of less than that is for a flat one, which prunes all layers alike.
+    """
+    if target is None:
+        return 1.0  # the paper's
+    return 4.0 if target >= 2 / num_layers - 0.01 else 0.0
 
 
 @torch.inference_mode()
@@ -1210,10 +1220,11 @@ def run_stage(
     elif stage == "soft":
         if options.final_token_threshold is not None or model.config.score_norm != config.score_norm:
             has_thresholds = False  # asked to start anew, or their scale has changed
-        final, power = model.config.final_token_threshold, LADDER_POWER if settings.target_flops else 1.0
+        final, L = model.config.final_token_threshold, model.config.num_hidden_layers
+        power = starting_power(L, settings.target_flops)
         if not has_thresholds:
-            model.thresholds.data = threshold_ladder(final, model.config.num_hidden_layers, power)
-        how = "continue from the checkpoint's" if has_thresholds else f"start from 0 to {final}, as (l / L)^{power:g}"
+            model.thresholds.data = threshold_ladder(final, L, power)
+        how = "continue from the checkpoint's" if has_thresholds else f"start as {final} · (l / L)^{power:g}"
         notes.append(f"the thresholds {how}")
 
     train_set = train_sets[""]

@@ -42,6 +42,7 @@ from train import (
     run_stage,
     scale_thresholds,
     sorted_batches,
+    starting_power,
     task_loss,
 )
 
@@ -245,6 +246,15 @@ def test_a_budget_lets_lambda_rise_while_too_much_is_kept_and_fall_below():
     assert budget.regularization(0.5) == 0.0
     assert [budget.regularization(0.8) for _ in range(3)] == pytest.approx([3.09, 3.18, 3.27])
     assert budget.regularization(0.4) < 0 < budget.regularization(0.5)
+
+
+def test_the_start_of_the_thresholds_depends_on_the_budget(demo, finetuned, tmp_path):
+    assert [starting_power(6, target) for target in (None, 0.5, 0.33, 0.25)] == [1.0, 4.0, 4.0, 0.0]
+    for target, power in ((None, 1.0), (0.6, 4.0), (0.4, 0.0)):  # of four layers
+        folder = tmp_path / f"at {target}"
+        stage(demo, "soft", finetuned, folder, target_flops=target, threshold_learning_rate=0.0, epochs=0.1)
+        start = load_model(folder).model.thresholds
+        torch.testing.assert_close(start / start[3], threshold_ladder(1.0, 4, power))
 
 
 def test_thresholds_are_scaled_to_a_budget():
