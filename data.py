@@ -62,7 +62,9 @@ class Settings:
     temperature: float = setting(
         5e-4, "τ, the softness of the soft mask: lower is closer to the hard decision (1e-4 to 2e-3 in the paper)."
     )
-    threshold_learning_rate: float = setting(2e-5, "Peak learning rate of the thresholds.", "--lr-threshold")
+    threshold_learning_rate: float = setting(
+        2e-5, "Peak learning rate of the thresholds; towards --target-flops it does not fall.", "--lr-threshold"
+    )
     threshold_weight_decay: float = setting(0.0, "Weight decay of the thresholds.", "--weight-decay-threshold")
     save_steps: int | None = setting(
         None,

@@ -283,9 +283,9 @@ def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def threshold_ladder(final_token_threshold: float, num_layers: int, power: float = 1.0) -> Tensor:
-    """Thresholds that grow from layer to layer, θ_l = θ_final · (l / L)^power (L,): the start of learning.
+    """Thresholds that grow from layer to layer, θ_l = θ_final · (l / L)^power (L,).
 
-    Linearly they are the paper's start and the manual baseline; a steep ladder leaves the first layers alone.
+    Linearly they are the start of learning and the manual baseline; a steep ladder leaves the first layers alone.
     """
     return final_token_threshold * (torch.arange(1, num_layers + 1, dtype=torch.float32) / num_layers) ** power
 

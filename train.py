@@ -512,15 +512,16 @@ class Budget:
         return self.integral + 10 * error
 
 
-def starting_power(num_layers: int, target: float | None) -> float:
-    """The power of the ladder that soft training starts from; with a target its height is found, see `scale_thresholds`.
+def starting_thresholds(num_layers: int, target: float) -> Tensor:
+    """Where soft training towards a target starts from, but for the factor that meets it (L,): see `scale_thresholds`.
 
-    A steep one leaves the first layers whole and closes the last ones: two layers or more read the text, the others work
-    on what they found. A budget of less than that is for a flat one, which prunes all layers alike.
+    A steep ladder leaves the first layers whole and closes the last ones, which then work on what the first ones found.
+    Where the budget is less than two layers on the whole text, the first layer prunes, so that the second has something
+    left to read.
     """
-    if target is None:
-        return 1.0  # the paper's
-    return 4.0 if target >= 2 / num_layers - 0.01 else 0.0
+    if target >= 2 / num_layers - 0.01:
+        return threshold_ladder(0.01, num_layers, power=4.0)
+    return 0.01 * torch.tensor([1.0, 0.0, *[10.0] * (num_layers - 2)])
 
 
 @torch.inference_mode()
@@ -1220,12 +1221,11 @@ def run_stage(
     elif stage == "soft":
         if options.final_token_threshold is not None or model.config.score_norm != config.score_norm:
             has_thresholds = False  # asked to start anew, or their scale has changed
-        final, L = model.config.final_token_threshold, model.config.num_hidden_layers
-        power = starting_power(L, settings.target_flops)
+        final, L, target = model.config.final_token_threshold, model.config.num_hidden_layers, settings.target_flops
         if not has_thresholds:
-            model.thresholds.data = threshold_ladder(final, L, power)
-        how = "continue from the checkpoint's" if has_thresholds else f"start as {final} · (l / L)^{power:g}"
-        notes.append(f"the thresholds {how}")
+            model.thresholds.data = starting_thresholds(L, target) if target else threshold_ladder(final, L)
+        anew = "start for the target" if target else f"start from 0 to {final}"
+        notes.append(f"the thresholds {'continue from the checkpoint' if has_thresholds else anew}")
 
     train_set = train_sets[""]
     if settings.target_flops:

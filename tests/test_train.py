@@ -42,7 +42,7 @@ from train import (
     run_stage,
     scale_thresholds,
     sorted_batches,
-    starting_power,
+    starting_thresholds,
     task_loss,
 )
 
@@ -249,12 +249,12 @@ def test_a_budget_lets_lambda_rise_while_too_much_is_kept_and_fall_below():
 
 
 def test_the_start_of_the_thresholds_depends_on_the_budget(demo, finetuned, tmp_path):
-    assert [starting_power(6, target) for target in (None, 0.5, 0.33, 0.25)] == [1.0, 4.0, 4.0, 0.0]
-    for target, power in ((None, 1.0), (0.6, 4.0), (0.4, 0.0)):  # of four layers
+    assert torch.equal(starting_thresholds(6, 0.33), starting_thresholds(6, 0.5))
+    for target, shape in ((None, [1, 2, 3, 4]), (0.6, [1, 16, 81, 256]), (0.4, [1, 0, 10, 10])):  # of four layers
         folder = tmp_path / f"at {target}"
         stage(demo, "soft", finetuned, folder, target_flops=target, threshold_learning_rate=0.0, epochs=0.1)
         start = load_model(folder).model.thresholds
-        torch.testing.assert_close(start / start[3], threshold_ladder(1.0, 4, power))
+        torch.testing.assert_close(start / start[0], torch.tensor(shape).float())
 
 
 def test_thresholds_are_scaled_to_a_budget():
