@@ -20,7 +20,7 @@ Departures from the authors' release, where each was a choice:
 - the first token (CLS, <s>) always survives and its soft mask is 1: the classifier reads it;
 - layers count from 1 in θ_l = θ_final · l / L, as the authors' README says (their code counts from 0);
 - the thresholds are one learnable vector, saved with the weights as `ltp.thresholds`;
-- the regulariser runs over real tokens only, and dropout never touches a score;
+- the regulariser runs over real tokens only (towards a budget it is their FLOPs), and dropout never touches a score;
 - the top-k rate is clamped at 0, not 0.01;
 - a soft mask may act on the attention that later layers pay to the token instead of on the layer's output: then a mask
   of 0 is the same as dropping, and soft training leads where hard pruning goes; and it may be drawn, so that a token is
@@ -29,7 +29,7 @@ Departures from the authors' release, where each was a choice:
 - where every token has an answer (questions, tags), a pruned token's is read off the state that it was dropped with; in
   soft training a token leaves by degrees, and what is read is the mean of its states by how much left when.
 
-Read it top to bottom: configuration, pruning rules, attention, layer, encoder, head, checkpoints, FLOPs.
+Read it top to bottom: configuration, pruning rules, attention, layer, encoder, head, FLOPs, checkpoints.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def soft_mask(
 ) -> Tensor:
     """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the protected tokens (the first of each sequence).
 
-    importance (T,), threshold (), protected (T,) bool -> (T,) in (0, 1]. Its gradient reaches scores and threshold.
+    importance (T,), threshold (), protected (T,) bool -> (T,) from 0 to 1. Its gradient reaches scores and threshold.
     sample: draw the mask, above 1/2 with probability m and mostly near 0 or 1 (the binary concrete distribution, Maddison
     et al., arXiv 1611.00712).
     """
@@ -791,7 +791,7 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator | None 
 def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each layer and sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out.
 
-    lengths (B,) and kept (L, B), int64 -> (L, B) int64; 2 FLOPs each. The formula of the authors' release with the true
+    lengths (B,) and kept (L, B), int64 -> (L, B); 2 FLOPs each. The formula of the authors' release with the true
     feed-forward width: it follows the pruning rule alone, so embeddings, head and the last layer's saving do not count.
     The dense model's are those with `kept` equal to `lengths` in every layer. Soft counts give a differentiable result.
     """
@@ -801,7 +801,7 @@ def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
 
 
 def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
-    """`layer_macs` summed over the layers: (B,) int64."""
+    """`layer_macs` summed over the layers: (B,)."""
     return layer_macs(config, lengths, kept).sum(0)
 
 

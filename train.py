@@ -1216,6 +1216,8 @@ def run_stage(
     model, has_thresholds, notes = load_model(restore, labels or ("score",), new_head=True, **changes)
     if stage == "hard" and not has_thresholds:
         raise InputError(f"{restore}: has no learned thresholds; run `soft` first (or `manual` for fixed ones)")
+    if stage in ("soft", "manual"):  # which say themselves where their thresholds come from
+        notes = [note for note in notes if not note.startswith("no thresholds")]
     if stage == "manual":
         model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
     elif stage == "soft":
