@@ -1053,10 +1053,6 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
         if theirs is not None:
             tensors[THRESHOLDS] = theirs
     has_thresholds = THRESHOLDS in tensors
-    if config.prune_mode == "absolute_threshold" and not has_thresholds:
-        notes.append(
-            f"no thresholds in {folder}: using final_token_threshold · l / L = {config.final_token_threshold} · l / L"
-        )
     fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
 
     with torch.device("meta"):  # no time or memory for weights that are replaced at once

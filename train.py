@@ -521,7 +521,7 @@ def starting_thresholds(num_layers: int, target: float) -> Tensor:
     """
     if target >= 2 / num_layers - 0.01:
         return threshold_ladder(0.01, num_layers, power=4.0)
-    return 0.01 * torch.tensor([1.0, 0.0, *[10.0] * (num_layers - 2)])
+    return 0.01 * torch.tensor([1.0, 0.0, *[10.0] * num_layers])[:num_layers]
 
 
 @torch.inference_mode()
@@ -1216,8 +1216,6 @@ def run_stage(
     model, has_thresholds, notes = load_model(restore, labels or ("score",), new_head=True, **changes)
     if stage == "hard" and not has_thresholds:
         raise InputError(f"{restore}: has no learned thresholds; run `soft` first (or `manual` for fixed ones)")
-    if stage in ("soft", "manual"):  # which say themselves where their thresholds come from
-        notes = [note for note in notes if not note.startswith("no thresholds")]
     if stage == "manual":
         model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
     elif stage == "soft":
@@ -1240,8 +1238,7 @@ def run_stage(
             factor = scale_thresholds(model.to(process.device), train_set, settings.target_flops, process)
             if factor is None:
                 raise InputError(
-                    f"--target-flops {settings.target_flops}: no multiple of the thresholds prunes so much; ask for less, "
-                    "or give the first layers higher thresholds"
+                    f"--target-flops {settings.target_flops}: no multiple of the thresholds prunes so much; ask for less"
                 )
             notes.append(f"the thresholds are multiplied by {factor:.3f} to meet the target")
     if distill:
@@ -1348,7 +1345,9 @@ def evaluate_checkpoint(
     tokenizer = Tokenizer(folder)
     tokenizer.check_fits(config.vocab_size, folder)
     labels = check_task(folder, config, source.task)
-    model, _, notes = load_model(folder, labels or config.labels)
+    model, has_thresholds, notes = load_model(folder, labels or config.labels)
+    if model.pruning == "hard" and not has_thresholds:
+        notes.append(f"no thresholds in {folder}: using final_token_threshold · l / L, {config.final_token_threshold} · l / L")
     model.to(process.device).pack()
     sets, _ = load_sets(source, "eval", tokenizer, limit, labels)
     for note in notes:

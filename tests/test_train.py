@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from train import (
     default_output,
     distillation_loss,
     evaluate,
+    evaluate_checkpoint,
     known_labels,
     make_optimizer,
     measure_speed,
@@ -250,11 +252,24 @@ def test_a_budget_lets_lambda_rise_while_too_much_is_kept_and_fall_below():
 
 def test_the_start_of_the_thresholds_depends_on_the_budget(demo, finetuned, tmp_path):
     assert torch.equal(starting_thresholds(6, 0.33), starting_thresholds(6, 0.5))
+    assert [len(starting_thresholds(L, 0.5)) for L in (1, 2, 3, 12)] == [1, 2, 3, 12]
     for target, shape in ((None, [1, 2, 3, 4]), (0.6, [1, 16, 81, 256]), (0.4, [1, 0, 10, 10])):  # of four layers
         folder = tmp_path / f"at {target}"
         stage(demo, "soft", finetuned, folder, target_flops=target, threshold_learning_rate=0.0, epochs=0.1)
         start = load_model(folder).model.thresholds
         torch.testing.assert_close(start / start[0], torch.tensor(shape).float())
+
+
+def test_masks_are_drawn_where_the_settings_say_so():
+    model, data = small_model(prune_mode="absolute_threshold"), examples(16)
+    model.thresholds.data = threshold_ladder(0.01, 5)
+    for sample in (False, True):
+        settings = Settings(temperature=1e-3, mask_attention=True, sample_masks=sample)
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            found.append(backward(model, data, np.arange(16), "soft", settings, Process()))
+        assert (found[0] != found[1]) is sample
 
 
 def test_thresholds_are_scaled_to_a_budget():
@@ -315,6 +330,17 @@ def test_with_the_teacher_alone_the_labels_do_not_matter(demo, finetuned, tmp_pa
         stage(folder.parent, "manual", finetuned, run, distill=finetuned, distill_weight=1.0, epochs=0.5)
         weights[labels] = load_model(run).model.head.output.weight
     assert torch.equal(weights["right"], weights["wrong"])
+
+
+def test_evaluation_says_where_thresholds_that_the_folder_lacks_come_from(demo, finetuned, tmp_path):
+    source, told = Source(custom_task(None, None, None, False), demo / "data"), {}
+    for mode in (None, "absolute_threshold"):
+        shutil.copytree(finetuned, tmp_path / str(mode))
+        config = tmp_path / str(mode) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"prune_mode": mode}))
+        told[mode] = []
+        evaluate_checkpoint(config.parent, source, Process(), show=told[mode].append)
+    assert told[None] == [] and "using final_token_threshold · l / L, 0.01 · l / L" in told["absolute_threshold"][0]
 
 
 def test_hard_needs_thresholds(demo, finetuned, tmp_path):
