@@ -335,6 +335,8 @@ def manual() -> None:
 def run_stage_command(stage: str, given: dict[str, Any]) -> None:
     if given["overwrite"] and given["resume"]:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
+    if given.get("target_flops") and given.get("final_token_threshold") is not None:
+        raise click.UsageError("--target-flops finds the height of the thresholds by itself; pass it or --threshold")
     if stage == "soft" and given["target_flops"]:
         from model import find_model, load_config
 

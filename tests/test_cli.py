@@ -104,6 +104,9 @@ def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_p
     assert {name: start["settings"][name] for name in wanted} == wanted
     assert start["settings"]["target_flops"] == 0.6 and start["distill"] == str(runs / "finetune")
     assert "finds λ by itself" in refused("soft", *options, "--lambda", 0.1, "--restore", runs / "finetune")
+    plain = ("--data", demo / "data", "--target-flops", 0.6, "--threshold", 0.01, "--restore", runs / "finetune")
+    for stage in ("soft", "manual"):
+        assert "pass it or --threshold" in refused(stage, *plain)
     assert "--distill nowhere: no such" in refused("soft", *options, "--distill", "nowhere", "--restore", runs / "soft")
 
 
