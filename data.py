@@ -92,12 +92,6 @@ class Settings:
         "which comes closer to dropping it.",
         "--mask-attention/--mask-output",
     )
-    sample_masks: bool = setting(
-        False,
-        "Draw each soft mask, nearly 1 with the probability that the paper's mask is, and else nearly 0: training then meets "
-        "texts with tokens gone, not with all of them half there.",
-        "--sample-masks/--no-sample-masks",
-    )
     distill_weight: float = setting(
         0.5, "With --distill: weight of the teacher's answers in the loss; the labels have the rest."
     )
@@ -118,15 +112,14 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def soft_target(max_length: int) -> dict[str, Any]:
-    """Defaults of soft training towards --target-flops: thresholds that move fast, and soft masks that are drawn, act where
-    dropping acts, and become the hard decision, so that both views of the model agree at the end.
+    """Defaults of soft training towards --target-flops: thresholds that move fast, and soft masks that act where dropping
+    acts and become the hard decision, so that both views of the model agree at the end.
 
     τ and rate are on the scale of the scores, which are divided by the maximum length.
     """
     scale = 128 / max_length
     return {
         "mask_attention": True,
-        "sample_masks": True,
         "mask_floor": 0.02,
         "temperature": 1e-3 * scale,
         "temperature_end": 2e-4 * scale,

@@ -162,7 +162,6 @@ SOFT_ONLY = {
     "temperature",
     "temperature_end",
     "mask_attention",
-    "sample_masks",
     "mask_floor",
     "threshold_learning_rate",
     "threshold_weight_decay",

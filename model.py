@@ -299,23 +299,12 @@ def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
     return received / (num_heads * N)
 
 
-CONCRETE_TEMPERATURE = 0.3  # where m is 1/2, a third of the drawn masks lie between 0.1 and 0.9
-
-
-def soft_mask(
-    importance: Tensor, threshold: Tensor, temperature: float, protected: Tensor, sample: bool = False
-) -> Tensor:
+def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, protected: Tensor) -> Tensor:
     """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the protected tokens (the first of each sequence).
 
     importance (T,), threshold (), protected (T,) bool -> (T,) from 0 to 1. Its gradient reaches scores and threshold.
-    sample: draw the mask, above 1/2 with probability m and mostly near 0 or 1 (the binary concrete distribution, Maddison
-    et al., arXiv 1611.00712).
     """
-    logits = (importance - threshold) / temperature
-    if sample:
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-        logits = (logits + uniform.logit()) / CONCRETE_TEMPERATURE
-    return logits.sigmoid().masked_fill(protected, 1.0)
+    return ((importance - threshold) / temperature).sigmoid().masked_fill(protected, 1.0)
 
 
 def keep_by_threshold(importance: Tensor, threshold: Tensor, protected: Tensor) -> Tensor:
@@ -650,7 +639,6 @@ class Model(nn.Module):
         temperature: float | None = None,
         mask_floor: float = 0.0,
         mask_attention: bool = False,
-        sample_masks: bool = False,
         per_token: bool = False,
         trace: bool = False,
         count: bool = True,
@@ -663,7 +651,6 @@ class Model(nn.Module):
         mask_floor: tokens whose soft mask falls below it are dropped in soft pruning too.
         mask_attention: let soft masks multiply the token's presence in the attention of all later layers, which comes to
             dropping it as the mask goes to 0, and not, as in the paper, the output of the layer.
-        sample_masks: draw soft masks instead of using their probability, see `soft_mask`.
         per_token: also return each token's last hidden state, pruned tokens' included, in the order given.
         trace: also return every layer's scores and decisions.
         count: also tell how many tokens are kept. Without it, hard pruning has no use for the last layer's scores: they
@@ -702,7 +689,7 @@ class Model(nn.Module):
                 N = original_lengths[sequence_ids(lengths)] if by_length else config.max_seq_length
                 scores = importance(received, config.num_attention_heads, N)
                 if pruning == "soft":
-                    mask = soft_mask(scores, self.thresholds[index], temperature, protected, sample_masks)
+                    mask = soft_mask(scores, self.thresholds[index], temperature, protected)
                     soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
                     if per_token:
                         hidden = hidden.index_add(0, tokens, (survival * (1 - mask))[:, None] * x)

@@ -1080,7 +1080,6 @@ def backward(
                     temperature=settings.temperature,
                     mask_floor=settings.mask_floor,
                     mask_attention=settings.mask_attention,
-                    sample_masks=settings.sample_masks,
                     count=pruning == "soft",
                 )
             choices = as_choices(config.head, output.logits, batch.lengths)

@@ -200,23 +200,6 @@ def test_masks_on_attention_equal_the_masked_forward_and_go_over_into_dropping()
     assert (on_output.logits - hard.logits).abs().max() > 0.01  # zeroed tokens are still attended to
 
 
-def test_drawn_masks_are_there_as_often_as_the_soft_mask_says():
-    scores = torch.linspace(0, 0.02, 11).repeat_interleave(20_000)
-    protected = torch.arange(len(scores)) % 20_000 == 0
-    threshold = torch.tensor(0.01, requires_grad=True)
-    torch.manual_seed(0)
-    drawn = soft_mask(scores, threshold, 4e-3, protected, sample=True)
-    wanted = soft_mask(scores, threshold, 4e-3, protected)
-    often = (drawn > 0.5).view(11, -1).double().mean(1)
-    torch.testing.assert_close(often, wanted.detach().view(11, -1).double().mean(1), atol=0.01, rtol=0)
-    assert ((drawn > 0.1) & (drawn < 0.9)).double().mean() < 0.25 < ((wanted > 0.1) & (wanted < 0.9)).double().mean()
-    assert (drawn[protected] == 1).all()
-    drawn.sum().backward()
-    assert threshold.grad < 0
-    sharp = soft_mask(scores + 1e-6, threshold, 1e-9, protected, sample=True)
-    assert torch.equal(sharp > 0.5, keep_by_threshold(scores + 1e-6, threshold, protected))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_result_does_not_depend_on_its_batch(model, mode):
     sequences = random_sequences(64, seed=3)

@@ -260,18 +260,6 @@ def test_the_start_of_the_thresholds_depends_on_the_budget(demo, finetuned, tmp_
         torch.testing.assert_close(start / start[0], torch.tensor(shape).float())
 
 
-def test_masks_are_drawn_where_the_settings_say_so():
-    model, data = small_model(prune_mode="absolute_threshold"), examples(16)
-    model.thresholds.data = threshold_ladder(0.01, 5)
-    for sample in (False, True):
-        settings = Settings(temperature=1e-3, mask_attention=True, sample_masks=sample)
-        found = []
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            found.append(backward(model, data, np.arange(16), "soft", settings, Process()))
-        assert (found[0] != found[1]) is sample
-
-
 def test_thresholds_are_scaled_to_a_budget():
     model = small_model(prune_mode="absolute_threshold")
     model.thresholds.data = threshold_ladder(1e-4, 5)
