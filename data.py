@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,6 +99,20 @@ class Settings:
         True, "Keep the checkpoint with the best score, or the last one.", "--load-best/--no-load", " /--no-load-best"
     )
     seed: int = setting(42, "Of the data order, dropout and new weights, from 0.")
+
+
+def plural(count: int, noun: str) -> str:
+    """
+    >>> plural(1, "token"), plural(2000, "token")
+    ('1 token', '2,000 tokens')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting: "learning_rate" -> "--lr"."""
+    setting = next(f for f in fields(Settings) if f.name == name)
+    return (setting.metadata["flags"] or (f"--{name.replace('_', '-')}",))[0]
 
 
 # The authors' epochs; soft keeps its last checkpoint (the best score is the one that prunes least).
@@ -473,7 +487,7 @@ def _check_columns(path: Path, wanted: list[Any], found: list[str], line: int = 
             has = ", ".join(map(repr, found[:20])) or "none"
             raise InputError(
                 f"{path}, line {line}: no column {name!r} but {has}; "
-                "for data of your own, name the columns with --text-column, --pair-column and --label-column"
+                "without --task, name the columns of your own data with --text-column, --pair-column and --label-column"
             )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import InputError, pack
-from model import layer_macs
+from model import Config, layer_macs
 from sweep import read_results
 from train import Predictor, read_log
 
@@ -30,18 +30,23 @@ from train import Predictor, read_log
 def examine(predictor: Predictor, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
     """What every layer does with each text, and the answers of the pruned and of the dense model.
 
-    records: as `Predictor.encode` takes them. Returns for each text of n tokens: tokens (n strings); dense and pruned
-    answers {"label", "probabilities" by label, or the "score" of a regression}; relative_flops; layers, each with its
-    threshold (None where none decides), scores (n numbers, None where the token had gone before), alive (places of the
-    tokens that leave it) and relative_flops.
-    Raises: InputError for records that are no texts.
+    records: as `Predictor.answer` takes them. Returns for each text of n tokens: text, as it was given; tokens (n strings);
+    dense and pruned answers {"label", of a classifier with "probabilities" by label; or the "score" of a regression};
+    relative_flops; layers, each with its threshold (None where none decides), scores (n numbers, None where the token had
+    gone before), alive (places of the tokens that leave it) and relative_flops.
+    Raises: InputError for records that are no texts, or that take several windows.
     """
     model, device = predictor.model, predictor.process.device
-    if model.config.head != "sequence":
-        raise InputError(f"{predictor.folder}: answers for each token; `inspect` shows models that classify texts")
     thresholds = model.thresholds.tolist() if model.pruning == "hard" else [None] * len(model.layers)
     examples = []
-    for ids, segments in predictor.encode(records):
+    for where, record in records:
+        encoded, finish = predictor.prepare([(where, record)])
+        if len(encoded) > 1:
+            raise InputError(
+                f"{where}: makes {len(encoded)} windows of {predictor.max_length} tokens, and one can be shown; shorten the "
+                "context, or pass a larger --max-length"
+            )
+        ids, segments = encoded[0]
         batch = pack([ids], [segments]).to(device)
         with predictor.process.autocast():
             pruned, dense = model(*batch, trace=True), model(*batch, pruning="none")
@@ -54,18 +59,27 @@ def examine(predictor: Predictor, records: list[tuple[str, Any]]) -> list[dict[s
             alive = step.tokens[step.keep].tolist()
             share = used[l] / whole[l]
             layers.append({"threshold": thresholds[l], "scores": scores, "alive": alive, "relative_flops": share})
-        answers = {"dense": answer(dense, model.config.labels), "pruned": answer(pruned, model.config.labels)}
-        tokens = predictor.tokenizer.tokens(ids)
-        examples.append({"tokens": tokens, **answers, "relative_flops": sum(used) / sum(whole), "layers": layers})
+        answers = {"dense": answer(dense, model.config, finish), "pruned": answer(pruned, model.config, finish)}
+        texts = [record[name] for name in ("text", "text_pair", "question", "context") if name in record]
+        tokens = predictor.open_tokenizer().tokens(ids)
+        example = {"text": " / ".join(texts) or " ".join(tokens), "tokens": tokens, **answers}
+        examples.append(example | {"relative_flops": sum(used) / sum(whole), "layers": layers})
     return examples
 
 
-def answer(output: Any, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The answer for the one text of an Output."""
-    logits = output.logits[0].float()
+def answer(output: Any, config: Config, finish: Callable) -> dict[str, Any]:
+    """The answer for the one text of an Output; finish: see `Predictor.prepare`."""
+    logits, labels = output.logits.float().cpu(), config.labels
+    if config.head != "sequence":
+        (found,) = finish([(logits, output.kept[:, 0].tolist())])
+        if config.head == "span":
+            return {"label": found["answer"] or "no answer"}
+        tagged = [f"{word} {label}" for word, label in zip(found["words"], found["labels"]) if label != "O"]
+        return {"label": ", ".join(tagged) or "no tags"}
     if len(labels) == 1:
         return {"label": labels[0], "score": logits.item()}
-    return {"label": labels[int(logits.argmax())], "probabilities": dict(zip(labels, logits.softmax(0).tolist()))}
+    probabilities = logits[0].softmax(0).tolist()
+    return {"label": labels[int(logits.argmax())], "probabilities": dict(zip(labels, probabilities))}
 
 
 def describe_answer(given: dict[str, Any]) -> str:
@@ -75,7 +89,8 @@ def describe_answer(given: dict[str, Any]) -> str:
     """
     if "score" in given:
         return f"{given['score']:.3f}"
-    return f"{given['label']} ({given['probabilities'][given['label']]:.2f})"
+    sure = f" ({given['probabilities'][given['label']]:.2f})" if "probabilities" in given else ""
+    return given["label"] + sure
 
 
 def relative_importance(scores: list[float | None]) -> list[float]:
@@ -115,13 +130,13 @@ def print_example(example: dict[str, Any], console: Any) -> None:
         table.add_row(str(number), str(len(alive)), f"{layer['relative_flops']:.2f}", text)
     console.print()
     console.print(table)
-    line = Text.assemble(
-        ("\npruned ", "dim"),
-        describe_answer(example["pruned"]),
-        ("   dense ", "dim"),
-        describe_answer(example["dense"]),
-    )
-    line.append(f"   relative FLOPs {example['relative_flops']:.3f}", "dim")
+    line = Text("\n")
+    dense = Text.assemble(("dense ", "dim"), describe_answer(example["dense"]))
+    if example["relative_flops"] < 1:
+        line.append("pruned ", "dim").append(describe_answer(example["pruned"])).append("   ").append(dense)
+        line.append(f"   relative FLOPs {example['relative_flops']:.3f}", "dim")
+    else:
+        line.append(dense).append("   no token is dropped", "dim")
     console.print(line, soft_wrap=True)
 
 
@@ -159,6 +174,7 @@ class Run(NamedTuple):
     name: str
     evaluations: list[dict[str, Any]]  # a run folder's, in order; of an `eval --json` file the one
     best: dict[str, Any] | None  # the evaluation of the checkpoint
+    start: list[float] | None = None  # (L,) thresholds before the first step
     lengths: np.ndarray | None = None  # (N,) tokens of each text of a `predict` file ...
     kept: np.ndarray | None = None  # ... and (N, L) those leaving each layer
     cells: list[dict[str, Any]] | None = None  # of a sweep, the record of each model
@@ -182,7 +198,8 @@ def read_run(path: Path, name: str) -> Run:
             evaluations = [record for record in records if record["event"] == "evaluation"]
             if not evaluations or not all(needed <= set(record) for record in evaluations):
                 raise InputError(f"{path}: holds no evaluation yet; train on, or leave it away")
-            return Run(name, evaluations, [record for record in evaluations if record.get("saved", True)][-1])
+            best = [record for record in evaluations if record.get("saved", True)][-1]
+            return Run(name, evaluations, best, records[0].get("thresholds"))
         text = path.read_text(encoding="utf-8")
         first = json.loads(text.split("\n", 1)[0] if text.startswith('{"') else text)
         if "method" in first:
@@ -192,13 +209,8 @@ def read_run(path: Path, name: str) -> Run:
         answers = [json.loads(line) for line in text.splitlines()]
         if not all({"kept", "tokens"} <= set(record) for record in answers):
             raise InputError(f"{path}: neither the result of `eval --json` nor answers of `predict` with their tokens")
-        return Run(
-            name,
-            [],
-            None,
-            np.array([record["tokens"] for record in answers], dtype=np.int64),
-            np.array([record["kept"] for record in answers], dtype=np.int64),
-        )
+        tokens, kept = (np.array([record[key] for record in answers], dtype=np.int64) for key in ("tokens", "kept"))
+        return Run(name, [], None, lengths=tokens, kept=kept)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
@@ -254,8 +266,9 @@ def plot_curves(runs: list[Run]) -> Any:
     figure, panels = new_figure(2, 2, 5.2, 3.4)
     from matplotlib import colormaps
 
+    score = "score: " + score_name(runs[0].evaluations[-1])
     for panel, (key, title) in zip(
-        panels, (("train_loss", "training loss"), ("score", "score"), ("relative_flops", "relative FLOPs"))
+        panels, (("train_loss", "training loss"), ("score", score), ("relative_flops", "relative FLOPs"))
     ):
         for i, run in enumerate(runs):
             steps = [record["step"] for record in run.evaluations]
@@ -266,12 +279,14 @@ def plot_curves(runs: list[Run]) -> Any:
     last = panels[3]
     if len(runs) == 1 and learned:
         steps = [record["step"] for record in runs[0].evaluations]
-        layers = list(zip(*(record["thresholds"] for record in runs[0].evaluations)))
-        for l, values in enumerate(layers, 1):
-            shade = colormaps["cividis"](0.85 * (l - 1) / max(1, len(layers) - 1))  # blue to yellow, none too pale
-            last.plot(steps, values, color=shade, label=f"layer {l}", marker="o", markersize=3)
+        values = [record["thresholds"] for record in runs[0].evaluations]
+        if runs[0].start:
+            steps, values = [0, *steps], [runs[0].start, *values]
+        for l, column in enumerate(zip(*values), 1):
+            shade = colormaps["viridis"](0.9 * (l - 1) / max(1, len(values[0]) - 1))  # violet to green, none too pale
+            last.plot(steps, column, color=shade, label=f"layer {l}", marker=look_of(l)["marker"], markersize=4)
         last.set(title="thresholds", xlabel="step")
-        last.legend(fontsize="x-small", ncols=2 if len(layers) > 6 else 1, loc="center left", bbox_to_anchor=(1, 0.5))
+        last.legend(fontsize="small", ncols=2 if len(values[0]) > 8 else 1, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         for i, run in learned:
             values = run.best["thresholds"]
@@ -308,23 +323,33 @@ def plot_kept(runs: list[Run]) -> Any:
 
 
 def plot_lengths(runs: list[Run]) -> Any:
-    """How many tokens leave the last layer against how many entered the first: a heat map of a `predict` file's texts."""
+    """How many tokens leave the last layer against how many entered the first: a heat map of a `predict` file's texts.
+
+    Where the last layers leave every text its first token alone, the one before them is shown.
+    """
     runs = needing(runs, lambda run: run.kept is not None, "answers of `predict`")
     columns = min(3, len(runs))
     figure, panels = new_figure(math.ceil(len(runs) / columns), columns, 5.0, 4.2)
     from matplotlib.colors import LogNorm
 
     longest = int(max(run.lengths.max() for run in runs))
-    most = int(max(run.kept[:, -1].max() for run in runs))
+    layer = max([l for run in runs for l in range(run.kept.shape[1]) if run.kept[:, l].max() > 1], default=0)
+    layer = min(layer, *(run.kept.shape[1] - 1 for run in runs))
+    most = int(max(run.kept[:, layer].max() for run in runs))
     edges = [np.arange(0.5, top + math.ceil(top / 40) + 0.5, math.ceil(top / 40)) for top in (longest, most)]
-    counts = [np.histogram2d(run.lengths, run.kept[:, -1], edges)[0] for run in runs]
+    counts = [np.histogram2d(run.lengths, run.kept[:, layer], edges)[0] for run in runs]
     highest = max(2, max(count.max() for count in counts))
     norm = LogNorm(0.4, highest)  # from below 1: a single text is to be seen on white
     for panel, run, count in zip(panels, runs, counts):
         mesh = panel.pcolormesh(*edges, np.ma.masked_equal(count.T, 0), norm=norm, cmap="Blues")
-        panel.plot([0, edges[1][-1]], [0, edges[1][-1]], color="#888888", linestyle="--", linewidth=1)
+        panel.plot(
+            [0, edges[1][-1]], [0, edges[1][-1]], color="#666666", linestyle="--", linewidth=1, label="none dropped"
+        )
+        panel.legend(loc="upper left", frameon=False, fontsize="small")
         panel.set(title=run.name, xlim=(0, edges[0][-1]), ylim=(0, edges[1][-1]))
-        panel.set(xlabel="tokens of the text", ylabel="tokens leaving the last layer")
+        last = layer + 1 == run.kept.shape[1]
+        where = "the last layer" if last else f"layer {layer + 1}"
+        panel.set(xlabel="tokens of the text", ylabel=f"tokens leaving {where}")
         panel.yaxis.get_major_locator().set_params(integer=True)
     for panel in panels[len(runs) :]:
         panel.set_visible(False)
@@ -341,9 +366,7 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     figure, (panel,) = new_figure()
     for i, run in enumerate(runs):
         value = run.best["metrics"].get(metric, run.best["score"])
-        error = None
-        if metric == "accuracy" and run.best.get("examples"):
-            error = math.sqrt(value * (1 - value) / run.best["examples"])
+        error = standard_error(metric, value, run.best.get("examples"))
         panel.errorbar(
             run.best["relative_flops"],
             value,
@@ -362,19 +385,42 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     return figure
 
 
+def standard_error(metric: str, value: float, examples: int | None) -> float | None:
+    """Of an accuracy on so many examples; None of other metrics."""
+    return math.sqrt(value * (1 - value) / examples) if metric == "accuracy" and examples else None
+
+
+def score_name(record: dict[str, Any]) -> str:
+    """Which metrics an evaluation's score is.
+
+    >>> score_name({"score": 0.5, "metrics": {"accuracy": 0.5, "f1": 0.6}})
+    'accuracy'
+    >>> score_name({"score": 0.5, "metrics": {"pearson": 0.4, "spearman": 0.6}})
+    'mean of pearson and spearman'
+    """
+    same = [name for name, value in record["metrics"].items() if math.isclose(value, record["score"])]
+    return same[0] if same else "mean of " + " and ".join(record["metrics"])
+
+
 METHOD_NAMES = {"ltp": "LTP", "manual": "manual thresholds", "topk": "top-k"}
 
 
 def plot_frontier(runs: list[Run]) -> Any:
     """Results of `sweep`, a panel each: the task's first metric against relative FLOPs, a line for each way of training
-    through its means over seeds, small marks for single runs, and the dense model's value across."""
+    through its means over seeds, small marks for single runs, and the dense model's value across, of an accuracy with
+    its standard error as a band. What lies far below stands at the bottom with its value."""
     runs = needing(runs, lambda run: run.cells and run.cells[0]["method"] == "dense", "results of `sweep`")
     figure, panels = new_figure(1, len(runs), 6.4 if len(runs) == 1 else 4.4)
     looks: dict[str, dict[str, Any]] = {}  # by label, the same in all panels
     for panel, run in zip(panels, runs):
         dense, *pruned = run.cells
         metric = next(iter(dense["metrics"]))
-        panel.axhline(dense["metrics"][metric], color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+        top = dense["metrics"][metric]
+        panel.axhline(top, color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+        error = standard_error(metric, top, dense.get("examples"))
+        if error:
+            panel.axhspan(top - error, top + error, color="#888888", alpha=0.12, linewidth=0, label="dense ± 1 SE")
+        floor = top - abs(top) / 4
         pruned.sort(key=lambda row: [*METHOD_NAMES].index(row["method"]))
         mixed = len({row["distilled"] for row in pruned}) > 1
         # A line for each way of training, a point on it for each budget (or λ), over seeds.
@@ -393,7 +439,12 @@ def plot_frontier(runs: list[Run]) -> Any:
         for label, groups in lines.items():
             look = looks.setdefault(label, look_of(len(looks)))
             means = sorted(tuple(np.mean(points, 0)) for points in groups.values())
-            panel.plot(*zip(*means), label=label, markersize=7, **look)
+            panel.plot(*zip(*((x, max(y, floor)) for x, y in means)), label=label, markersize=7, **look)
+            for x, y in means:
+                if y < floor:
+                    panel.annotate(
+                        f"{y:.2f} ↓", (x, floor), (0, 6), textcoords="offset points", ha="center", size="small"
+                    )
             single = [point for points in groups.values() if len(points) > 1 for point in points]
             if single:
                 panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look)

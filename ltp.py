@@ -23,6 +23,7 @@ from data import (
     InputError,
     Interrupted,
     Settings,
+    plural,
     soft_target,
 )
 
@@ -121,7 +122,7 @@ def data_options(command: Any) -> Any:
                 type=click.Path(path_type=Path),
                 metavar="PATH",
                 help="A folder with train.* and dev.* (GLUE's TSV, or .csv, .tsv, .jsonl, .parquet), or one file. "
-                "[default: GLUE from the hub]",
+                "A file of SQuAD is .json. [default: the hub's]",
             ),
             click.option(
                 "--dev-data",
@@ -227,7 +228,7 @@ SCORE_NORM = click.option(
     "--score-norm",
     type=click.Choice(["max_length", "length"]),
     help="What scores are averaged over: the --max-length (as the authors) or the text's own length (as the paper's "
-    "formula).  [default: the checkpoint's, else max_length]",
+    "formula).  [default: the checkpoint's, else max-length]",
 )
 
 
@@ -327,7 +328,7 @@ def manual() -> None:
     \b
     python ltp.py manual --task MRPC --restore CKPT_of_finetune --final-token-threshold 0.01
 
-    Writes CKPT/hard/lr_LR.
+    Writes CKPT/manual/lr_LR.
     """
 
 
@@ -372,7 +373,7 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
     if process.main:
         evaluation_table([(stage, result.best)])
         time = "" if math.isnan(result.seconds_per_step) else f", {result.seconds_per_step:.3f} s each (median)"
-        click.echo(f"{result.steps} steps{time}. Checkpoint: {folder}")
+        click.echo(f"{plural(result.steps, 'step')}{time}. Checkpoint: {folder}")
         following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
         given["target_flops"] = settings.target_flops
         same = ("task", "data", "dev_data", "text_column", "pair_column", "label_column")
@@ -623,17 +624,7 @@ def predict(text: str | None, **given: Any) -> None:
     if given["no_answer_threshold"] is not None and head != "span":
         raise InputError(f"--no-answer-threshold is for questions on texts, which {given['restore']} does not answer")
     if text is not None:
-        if (given["pair"] is None) == (head == "span") and head != "sequence":
-            hint = (
-                "asks for --pair, the text to find the answer in"
-                if head == "span"
-                else "tags one text; leave --pair away"
-            )
-            raise InputError(f"{given['restore']}: {hint}")
-        if head == "span":
-            record = {"question": text, "context": given["pair"]}
-        else:
-            record = {"text": text} | ({} if given["pair"] is None else {"text_pair": given["pair"]})
+        record = make_record(given["restore"], head, text, given["pair"])
         click.echo(json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False))
     else:
         with screen() as (_, progress):
@@ -643,11 +634,26 @@ def predict(text: str | None, **given: Any) -> None:
         click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
 
 
+def make_record(restore: str, head: str, text: str, pair: str | None) -> dict[str, str]:
+    """TEXT and --pair as `Predictor.answer` takes them. Raises: InputError where the model wants one text, or two."""
+    if head == "span" and pair is None:
+        raise InputError(f"{restore}: asks for --pair, the text to find the answer in")
+    if head == "token" and pair is not None:
+        raise InputError(f"{restore}: tags one text; leave --pair away")
+    if head == "span":
+        return {"question": text, "context": pair}
+    return {"text": text} if pair is None else {"text": text, "text_pair": pair}
+
+
 @main.command()
 @click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
 @click.option("--restore", required=True, metavar="CKPT", help="Model folder, or a name on the hub (name@revision).")
 @click.option(
-    "--pair", "pairs", metavar="TEXT", multiple=True, help="The second text, for a task on pairs: one a TEXT."
+    "--pair",
+    "pairs",
+    metavar="TEXT",
+    multiple=True,
+    help="The second text, for a task on pairs, or the one that holds a question's answer: one a TEXT.",
 )
 @click.option(
     "--html",
@@ -669,6 +675,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
     \b
     python ltp.py inspect --restore CKPT "a gripping, funny film"
     python ltp.py inspect --restore CKPT --html look.html "a gripping, funny film" "not worth the ticket"
+    python ltp.py inspect --restore CKPT_of_SQuAD "Who wrote it?" --pair "It was written by Ada Berg in 1912."
 
     Survivors are the stronger coloured the more attention they receive, dropped tokens are dimmed (dots, where the
     output has no colours). FLOPs are a layer's, relative to the dense model's.
@@ -681,9 +688,8 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
 
     process = start_process(given["device"], given["precision"], given["threads"])
     predictor = Predictor(find_model(given["restore"]), process, 1, given["max_seq_length"], dense=False)
-    records = [{"text": text} for text in texts]
-    for record, pair in zip(records, pairs):
-        record["text_pair"] = pair
+    head = predictor.model.config.head
+    records = [make_record(given["restore"], head, *both) for both in zip(texts, pairs or [None] * len(texts))]
     examples = examine(predictor, [(f"TEXT {number}", record) for number, record in enumerate(records, 1)])
     if given["html_file"]:
         html = page(examples, {"name": given["restore"], "pruning": predictor.model.pruning})
@@ -1014,9 +1020,13 @@ def speed_table(result: dict[str, Any]) -> None:
         )
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
-    conditions = dict(result["conditions"])
-    conditions["peak_memory"] = f"{conditions.pop('peak_memory_bytes') / 2**20:.0f} MiB"
-    click.echo("\n" + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in conditions.items()))
+    c = result["conditions"]
+    lengths = ", ".join(f"{share} of them at most {n:.0f}" for share, n in c["length_quantiles"].items())
+    click.echo(
+        f"\n{c['checkpoint']} ({c['pruning']}) on {c['examples']} examples of {c['data']}, {c['mean_length']:.1f} tokens on "
+        f"average ({lengths}). {c['device']}, {c['precision']}, {c['threads']} threads, torch {c['torch']}; {c['statistic']} "
+        f"of {c['repeats']} passes; {c['peak_memory_bytes'] / 2**20:.0f} MiB at the peak"
+    )
 
 
 if __name__ == "__main__":

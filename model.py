@@ -50,7 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, TOKEN_KEEP_RATE, InputError
+from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, TOKEN_KEEP_RATE, InputError, plural
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -375,7 +375,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Module):
-    """nn.Dropout whose random numbers cost a CPU a fifth: it draws them one after another, and 16 bits a value will do."""
+    """nn.Dropout, with random numbers of 16 bits, four from each that a CPU draws: a fifth of the time."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -414,7 +414,7 @@ def attend(
     """
     query = query[:, :, :1] if cls_only and not score else query
     rate = dropout.rate if dropout.training else 0.0
-    if not score and (rate == 0 or query.is_cuda):
+    if not score and presence is None and (rate == 0 or query.is_cuda):
         mask = None if alive is None else alive[:, None, None]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate), None
     b, H, n, d = key.shape
@@ -459,7 +459,7 @@ class SelfAttention(nn.Module):
         """x (T, D), lengths (B,), presence (T,) -> attended (T, D), or (B, D) of the first tokens if `cls_only`; received
         (T,) if `score`."""
         D = x.size(1)
-        sizes = lengths.tolist()  # on CUDA the one synchronisation of the layer: shapes depend on the data
+        sizes = lengths.tolist()  # on CUDA this waits for the device, as `nonzero` does: shapes depend on the data
         max_area, max_waste = (2**24, math.inf) if x.is_cuda else (40_000, 500)
         groups = attention_groups(sizes, max_area, max_waste)
         tokens = [sum(group) for group in groups]
@@ -589,7 +589,7 @@ class LayerTrace(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model returns."""
+    """What the model returns; T counts the tokens of the batch as it was given."""
 
     logits: Tensor  # (B, labels); (T, labels) of a head that answers for each token, in the order given
     # (L, B) if `count`: tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
@@ -676,8 +676,8 @@ class Model(nn.Module):
         for index, layer in enumerate(self.layers):
             cls_only = index == L - 1 and not per_token  # a classifier reads nothing else of the last layer
             drops = pruning == "hard" and thresholds[index] > 0 or pruning == "topk" and rates[index] < 1
-            # Where nothing can be dropped no score is computed, and attention takes its fastest form. Nor is one where
-            # nobody reads what is left, but for counting; how many top-k keeps is known without.
+            # No score is computed where no token can be dropped: attention takes its fastest form then. Of a classifier's
+            # last layer only the first token is read, so that its scores serve counting alone; top-k's counts need none.
             read = not cls_only or count and pruning == "hard"
             score = trace or pruning == "soft" or drops and read
             presence = survival if pruning == "soft" and mask_attention and index else None
@@ -1012,7 +1012,7 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     if not fits and not new_head:
         raise InputError(
             f"{folder}: the {kind} ({head_weight}) "
-            + ("is missing" if old_head is None else f"has {len(config.labels)} outputs, not {len(labels)}")
+            + ("is missing" if old_head is None else f"has {plural(len(config.labels), 'output')}, not {len(labels)}")
             + "; fine-tune this model on the task first"
         )
     fresh = {}
@@ -1022,8 +1022,10 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
         order = {name.lower(): i for i, name in enumerate(config.labels)}
     named = [name if name in order else name.lower() for name in labels]
     if not fits:
-        found = "the folder has none" if old_head is None else f"the folder's has {len(config.labels)} outputs"
-        notes.append(f"the {kind} is new, with {len(labels)} outputs: {found}")
+        found = (
+            "the folder has none" if old_head is None else f"the folder's has {plural(len(config.labels), 'output')}"
+        )
+        notes.append(f"the {kind} is new, with {plural(len(labels), 'output')}: {found}")
         tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(("classifier.", "qa_outputs."))}
         head = (Head if config.head == "sequence" else TokenHead)(replace(config, labels=labels))
         initialize(head, config.initializer_range)

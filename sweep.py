@@ -6,13 +6,13 @@ import itertools
 import json
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data import STAGES, InputError, Settings, Source, Tokenizer, soft_target
+from data import STAGES, InputError, Settings, Source, Tokenizer, flag, soft_target
 from model import load_config, write_file
 from train import (
     Process,
@@ -40,12 +40,6 @@ AXES = {
     "seed": ("ltp", "manual", "topk"),
 }
 SPEED_BATCHES = (1, 32)
-
-
-def flag(name: str) -> str:
-    """The command-line spelling of a setting: "learning_rate" -> "--lr"."""
-    setting = next(f for f in fields(Settings) if f.name == name)
-    return (setting.metadata["flags"] or (f"--{name.replace('_', '-')}",))[0]
 
 
 @dataclass(frozen=True)

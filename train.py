@@ -46,11 +46,13 @@ from data import (
     custom_task,
     epoch_batches,
     evaluate_predictions,
+    flag,
     is_text,
-    token_batches,
     load_examples,
     pack,
+    plural,
     read_columns,
+    token_batches,
     write_demo,
 )
 from model import (
@@ -803,6 +805,9 @@ def train(
         if state:
             model.load_state_dict(state["model"])
 
+    def thresholds() -> list[float] | None:
+        return model.thresholds.tolist() if model.config.prune_mode == "absolute_threshold" else None
+
     model.to(process.device)
     model.thresholds.requires_grad_(pruning == "soft")
     replica = DistributedDataParallel(model) if process.world > 1 else model
@@ -844,6 +849,7 @@ def train(
             header
             | {
                 "steps": steps,
+                "thresholds": thresholds(),
                 "processes": process.world,
                 "device": str(process.device),
                 "precision": process.precision,
@@ -916,9 +922,7 @@ def train(
                     **({"soft_relative_flops": relative, "lambda": regularization} if pruning == "soft" else {}),
                     **({"threshold_scale": scale} if scale else {}),
                     **asdict(evaluation),
-                    "thresholds": model.thresholds.tolist()
-                    if model.config.prune_mode == "absolute_threshold"
-                    else None,
+                    "thresholds": thresholds(),
                     "elapsed": elapsed + time.perf_counter() - started,
                 }
                 losses = []
@@ -1018,18 +1022,18 @@ def check_settings(settings: Settings) -> None:
     ):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value >= low):
-            raise InputError(f"{name} = {value}: expected {'more than 0' if 0 < low < 1 else f'at least {low}'}")
+            raise InputError(f"{flag(name)} {value}: expected {'more than 0' if 0 < low < 1 else f'at least {low}'}")
     if settings.save_steps is not None and settings.save_steps < 1:
-        raise InputError(f"save_steps = {settings.save_steps}: expected at least 1")
+        raise InputError(f"{flag('save_steps')} {settings.save_steps}: expected at least 1")
     for name, high in (("target_flops", 1), ("temperature_end", math.inf)):
         value = getattr(settings, name)
         if value is not None and not 0 < value <= high:
-            raise InputError(f"{name} = {value}: expected more than 0" + (" and at most 1" if high == 1 else ""))
+            raise InputError(f"{flag(name)} {value}: expected more than 0" + (" and at most 1" if high == 1 else ""))
     for name, high in (("mask_floor", 0.5), ("distill_weight", 1)):
         if getattr(settings, name) > high:
-            raise InputError(f"{name} = {getattr(settings, name)}: expected at most {high}")
+            raise InputError(f"{flag(name)} {getattr(settings, name)}: expected at most {high}")
     if settings.warmup > 1:
-        raise InputError(f"warmup = {settings.warmup}: is a share of the steps, expected 0 to 1")
+        raise InputError(f"{flag('warmup')} {settings.warmup}: is a share of the steps, expected 0 to 1")
 
 
 def training_batches(examples: Examples, settings: Settings, first: int, steps: int) -> Iterator[np.ndarray]:
@@ -1291,7 +1295,7 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
         )
     if stage == "finetune":
         return Path("checkpoints/base", task.name.replace("-", ""), "finetune", rate)
-    return Path(restore, "topk" if stage == "topk" else "hard", rate)
+    return Path(restore, stage, rate)
 
 
 def length_limit(config: Config, folder: Path, asked: int | None) -> int:
@@ -1321,7 +1325,7 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...] | No
     if max(1, len(labels)) != len(config.labels):
         hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
         raise InputError(
-            f"{folder}: has {len(config.labels)} outputs, but {task.name} needs {max(1, len(labels))}; "
+            f"{folder}: has {plural(len(config.labels), 'output')}, but {task.name} needs {max(1, len(labels))}; "
             f"evaluate the checkpoint of a run on this task{hint}"
         )
     return labels
@@ -1346,7 +1350,9 @@ def evaluate_checkpoint(
     labels = check_task(folder, config, source.task)
     model, has_thresholds, notes = load_model(folder, labels or config.labels)
     if model.pruning == "hard" and not has_thresholds:
-        notes.append(f"no thresholds in {folder}: using final_token_threshold · l / L, {config.final_token_threshold} · l / L")
+        notes.append(
+            f"no thresholds in {folder}: using final_token_threshold · l / L, {config.final_token_threshold} · l / L"
+        )
     model.to(process.device).pack()
     sets, _ = load_sets(source, "eval", tokenizer, limit, labels)
     for note in notes:
@@ -1440,18 +1446,28 @@ class Predictor:
 
     def answer(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
         """Answers in the records' order. Raises: InputError naming the record."""
-        return {"sequence": self.classify, "token": self.tag, "span": self.find}[self.model.config.head](records)
+        encoded, finish = self.prepare(records)
+        return finish(self.run(encoded))
 
-    def classify(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    def prepare(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
+        """What to run, token and segment ids, and how to make the records' answers of what `run` found there."""
+        kinds = {"sequence": self.prepare_texts, "token": self.prepare_sentences, "span": self.prepare_questions}
+        return kinds[self.model.config.head](records)
+
+    def prepare_texts(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
         encoded, labels = self.encode(records), self.model.config.labels
-        answers = []
-        for (ids, _), (logits, kept) in zip(encoded, self.run(encoded)):
-            logits = logits.tolist()
-            label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
-            answers.append({"label": label, "logits": logits, "tokens": len(ids), "kept": kept})
-        return answers
 
-    def tag(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        def finish(found: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
+            answers = []
+            for (ids, _), (logits, kept) in zip(encoded, found):
+                logits = logits.tolist()
+                label = logits[0] if len(labels) == 1 else labels[max(range(len(logits)), key=logits.__getitem__)]
+                answers.append({"label": label, "logits": logits, "tokens": len(ids), "kept": kept})
+            return answers
+
+        return encoded, finish
+
+    def prepare_sentences(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
         """Labels of words, by `best_labels`."""
         sentences = []
         for where, record in records:
@@ -1464,17 +1480,19 @@ class Predictor:
         check_room(self.open_tokenizer(), self.max_length)
         aligned = align(self.open_tokenizer(), sentences, self.max_length)
         labels = self.model.config.labels
-        answers = []
-        for sentence, result, (logits, kept) in zip(
-            sentences, aligned, self.run([(a.token_ids, a.segment_ids) for a in aligned])
-        ):
-            found = best_labels(logits.numpy(), result.first, labels, len(sentence.words))
-            self.truncated += result.truncated
-            answers.append({"words": sentence.words, "labels": found, "tokens": len(result.token_ids), "kept": kept})
-        return answers
+        self.truncated += sum(result.truncated for result in aligned)
 
-    def find(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-        """Tokens are those of all windows of a context, and so are those kept."""
+        def finish(found: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
+            answers = []
+            for sentence, result, (logits, kept) in zip(sentences, aligned, found):
+                best = best_labels(logits.numpy(), result.first, labels, len(sentence.words))
+                answers.append({"words": sentence.words, "labels": best, "tokens": len(result.token_ids), "kept": kept})
+            return answers
+
+        return [(result.token_ids, result.segment_ids) for result in aligned], finish
+
+    def prepare_questions(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
+        """Runs the windows of all contexts. An answer's tokens are those of all its windows, and so are those kept."""
         questions = []
         for i, (where, record) in enumerate(records):
             texts = [record.get(key) for key in ("question", "context")] if isinstance(record, dict) else [None]
@@ -1482,18 +1500,21 @@ class Predictor:
                 raise InputError(f'{where}: expected an object with "question" and "context"')
             questions.append(Question(str(i), *texts, ()))
         windows = make_windows(self.open_tokenizer(), questions, self.max_length)
-        found = self.run([(window.token_ids, window.segment_ids) for window in windows])
-        spans = find_answers(questions, windows, [logits.numpy() for logits, _ in found])
-        answers = []
-        for i, (best, no_answer) in enumerate(spans):
-            own = [j for j, window in enumerate(windows) if window.question == i]
-            text = choose_text(best, no_answer, self.no_answer_threshold)
-            place = {"start": best[0].start, "end": best[0].end, "score": best[0].score} if text else {}
-            tokens = sum(len(windows[j].token_ids) for j in own)
-            kept = np.sum([found[j][1] for j in own], 0).tolist()
-            null = {"no_answer_score": no_answer if best else None}
-            answers.append({"answer": text, **place, **null, "tokens": tokens, "kept": kept})
-        return answers
+
+        def finish(found: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
+            spans = find_answers(questions, windows, [logits.numpy() for logits, _ in found])
+            answers = []
+            for i, (best, no_answer) in enumerate(spans):
+                own = [j for j, window in enumerate(windows) if window.question == i]
+                text = choose_text(best, no_answer, self.no_answer_threshold)
+                place = {"start": best[0].start, "end": best[0].end, "score": best[0].score} if text else {}
+                tokens = sum(len(windows[j].token_ids) for j in own)
+                kept = np.sum([found[j][1] for j in own], 0).tolist()
+                null = {"no_answer_score": no_answer if best else None}
+                answers.append({"answer": text, **place, **null, "tokens": tokens, "kept": kept})
+            return answers
+
+        return [(window.token_ids, window.segment_ids) for window in windows], finish
 
 
 def predict_file(

@@ -33,7 +33,9 @@ def forward(model, sequences, pruning, temperature=None, mask_attention=False):
         weight, bias = layer.attention.query_key_value.weight, layer.attention.query_key_value.bias
         q, k, v = (x @ weight[i * D : (i + 1) * D].T + bias[i * D : (i + 1) * D] for i in range(3))
         heads, score = [], torch.zeros(B, n)
-        there = survival if mask_attention else alive.float()  # what of each token there is to attend and to be attended
+        there = (
+            survival if mask_attention else alive.float()
+        )  # what of each token there is to attend and to be attended
         for h in range(H):
             part = slice(h * D // H, (h + 1) * D // H)
             logits = torch.einsum("bid,bjd->bij", q[..., part], k[..., part]) / math.sqrt(D // H)

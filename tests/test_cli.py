@@ -90,7 +90,7 @@ def test_the_authors_pipeline(runs, demo):
     for stage in ("topk", "manual"):
         run(stage, "--data", demo / "data", "--restore", runs / "finetune", "--lr", "1e-4", "--epoch", 0.5)
     assert load_model(runs / "finetune/topk/lr_0.0001").model.pruning == "topk"
-    assert load_model(runs / "finetune/hard/lr_0.0001").model.pruning == "hard"
+    assert load_model(runs / "finetune/manual/lr_0.0001").model.pruning == "hard"
 
 
 def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_path):

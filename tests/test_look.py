@@ -78,12 +78,17 @@ def test_examples_agree_with_the_model(hard):
         for name, out in (("pruned", output), ("dense", dense)):
             assert list(example[name]["probabilities"].values()) == pytest.approx(out.logits.softmax(1)[0].tolist())
             assert example[name]["label"] == config.labels[int(out.logits.argmax())]
+    assert [example["text"] for example in examine(predictor, records)] == [
+        "the road was not excellent at all.",
+        "one / two",
+    ]
 
 
 def test_colour_and_answer():
     assert relative_importance([9.0, 0.04, None, 0.01]) == pytest.approx([1.0, 1.0, 0.0, 0.5])
     assert relative_importance([0.5]) == [1.0]
     assert describe_answer({"label": "score", "score": 2.5}) == "2.500"
+    assert describe_answer({"label": "in 1912"}) == "in 1912"
 
 
 def test_terminal_picture(hard):
@@ -210,14 +215,18 @@ def test_plots(runs, demo, tmp_path):
     pytest.importorskip("matplotlib")
     run("eval", "--data", demo / "data", "--restore", runs / "dense", "--json", tmp_path / "plain.json")
     for name, arguments, words in (
-        ("curves", (runs / "soft",), {"training loss", "score", "relative FLOPs", "thresholds", "layer 4", "step"}),
+        (
+            "curves",
+            (runs / "soft",),
+            {"training loss", "score: accuracy", "relative FLOPs", "thresholds", "layer 4", "step"},
+        ),
         ("curves", ("--kind", "curves", runs / "soft", runs / "dense"), {"soft", "dense", "thresholds", "layer"}),
         (
             "tradeoff",
             (runs / "soft", tmp_path / "plain.json"),
             {"soft", "plain", "relative FLOPs (1: the dense model)"},
         ),
-        ("lengths", (runs / "answers.jsonl",), {"tokens of the text", "tokens leaving the last layer", "answers"}),
+        ("lengths", (runs / "answers.jsonl",), {"tokens of the text", "none dropped", "answers"}),
         ("kept", (runs / "answers.jsonl", runs / "soft"), {"answers (median, 5 to 95%)", "soft", "input", "4"}),
     ):
         run("plot", "--output", tmp_path / f"{name}.svg", *arguments)
@@ -241,6 +250,11 @@ def test_plots_show_the_logs_numbers(runs):
         line = panel.lines[0]
         assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == [record[key] for record in log]
     assert [line.get_ydata()[-1] for line in panels[3].lines] == log[-1]["thresholds"]
+    start = json.loads((runs / "soft" / "log.jsonl").read_text().splitlines()[0])["thresholds"]
+    assert list(panels[3].lines[0].get_xdata()) == [0, 1, 2, 3] and start == pytest.approx(
+        [0.0025, 0.005, 0.0075, 0.01]
+    )
+    assert [line.get_ydata()[0] for line in panels[3].lines] == start
     both = plot_curves([soft, dense]).axes[3].lines
     assert len(both) == 1 and list(both[0].get_ydata()) == log[-1]["thresholds"]
 
@@ -249,8 +263,13 @@ def test_plots_show_the_logs_numbers(runs):
     shares = [[k / record["tokens"] for k in record["kept"]] for record in records]
     assert list(band.get_ydata()[1:]) == pytest.approx(np.median(shares, 0))
     assert list(plain.get_ydata()) == [1.0, *log[-1]["kept"]]
-    mesh = plot_lengths([answers]).axes[0].collections[0]
-    assert mesh.get_array().sum() == len(records)
+    for change, name in (({-1: 2}, "the last layer"), ({2: 2, 3: 1}, "layer 3"), ({0: 1, 1: 1, 2: 1, 3: 1}, "layer 1")):
+        kept = answers.kept.copy()
+        for l, count in change.items():
+            kept[:, l] = count
+        panel = plot_lengths([answers._replace(kept=kept)]).axes[0]
+        assert panel.collections[0].get_array().sum() == len(records)
+        assert panel.get_ylabel() == f"tokens leaving {name}"
 
     panel = plot_tradeoff([soft, dense]).axes[0]
     points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in panel.containers]

@@ -126,7 +126,9 @@ def test_received_attention_sums_over_heads_and_alive_queries():
 def test_dropout_does_not_touch_the_scores():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
-    with_dropout, without = (attend(query, key, value, None, None, Dropout(rate), True, False, 100)[1] for rate in (0.5, 0.0))
+    with_dropout, without = (
+        attend(query, key, value, None, None, Dropout(rate), True, False, 100)[1] for rate in (0.5, 0.0)
+    )
     torch.testing.assert_close(with_dropout, without)
 
 

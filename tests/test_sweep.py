@@ -83,7 +83,9 @@ def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dens
         assert tensor.equal(wanted[name]), name
 
     # A larger grid keeps what is there; speeds come at the end.
-    before = (tmp_path / "out" / "ltp-target-flops-0.7-lr-0.001-distilled" / "hard" / "model.safetensors").stat().st_mtime_ns
+    before = (
+        (tmp_path / "out" / "ltp-target-flops-0.7-lr-0.001-distilled" / "hard" / "model.safetensors").stat().st_mtime_ns
+    )
     again = run(*command)
     assert (
         tmp_path / "out" / "ltp-target-flops-0.7-lr-0.001-distilled" / "hard" / "model.safetensors"

@@ -1,6 +1,8 @@
 """Answers for every token: heads, forwarding of pruned tokens, and every stage on questions and on tags."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import reference
 import torch
 from conftest import MODES, random_sequences, small_model
 from safetensors.torch import load_file
-from test_cli import refused
+from test_cli import refused, run
 from test_distributed import launch
 
 from data import InputError, Settings, Source, Tokenizer, custom_task, find_task, pack
@@ -346,6 +348,35 @@ def test_tags_of_predict_are_those_of_eval(trained):
     assert len(cut["labels"]) == len(sentences[0].words) and cut["labels"][-1] == "O" and cut["tokens"] == 10
     with pytest.raises(InputError, match='line: expected an object with "words"'):
         predictor.answer([("line", {"words": []})])
+
+
+def test_inspect_shows_the_answers_of_predict(trained, tmp_path):
+    source, folder = trained
+    shutil.copytree(folder, tmp_path / "hard")
+    model = load_model(folder, prune_mode="absolute_threshold").model
+    model.thresholds.data.fill_(0.012)
+    save_model(tmp_path / "hard", model)
+    text = (
+        ("Who wrote it?", "--pair", "Ada Berg wrote it in 1912.") if source.task.head == "span" else ("Ada Berg wrote",)
+    )
+    found = json.loads(run("predict", "--restore", tmp_path / "hard", *text).stdout)
+    label = (
+        found["answer"]
+        if "answer" in found
+        else ", ".join(f"{w} {t}" for w, t in zip(found["words"], found["labels"]) if t != "O")
+    )
+    run("inspect", "--restore", tmp_path / "hard", *text, "--html", tmp_path / "p.html")
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "p.html").read_text(), re.DOTALL)[1]
+    (example,) = json.loads(data)["examples"]
+    assert example["pruned"]["label"] == (label or ("no answer" if "answer" in found else "no tags"))
+    assert [len(layer["alive"]) for layer in example["layers"]] == found["kept"] and found["kept"][-1] < found["tokens"]
+    assert "relative FLOPs" in run("inspect", "--restore", tmp_path / "hard", *text).stdout
+    assert "no token is dropped" in run("inspect", "--restore", folder, *text).stdout
+    if source.task.head == "span":
+        assert "asks for --pair" in refused("inspect", "--restore", folder, "Who?")
+        assert "windows of 60 tokens" in refused(
+            "inspect", "--restore", folder, "Who?", "--pair", "Ada wrote it. " * 60
+        )
 
 
 def test_unknown_tags_and_teachers_of_other_tags_are_refused(trained, tmp_path):

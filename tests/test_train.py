@@ -425,7 +425,7 @@ def test_default_folders_are_the_authors():
     folder = default_output("soft", Path("x"), task, config, settings)
     assert str(folder) == "checkpoints/base/SST2/absolute_threshold/rate_0.01/temperature_0.0002/lambda_0.15/lr_2e-05"
     assert str(default_output("hard", folder, task, config, settings)) == f"{folder}/hard/lr_2e-05"
-    assert str(default_output("manual", Path("x"), task, config, settings)) == "x/hard/lr_2e-05"
+    assert str(default_output("manual", Path("x"), task, config, settings)) == "x/manual/lr_2e-05"
     assert str(default_output("topk", Path("x"), task, config, settings)) == "x/topk/lr_2e-05"
 
 
