@@ -442,18 +442,17 @@ def plot_frontier(runs: list[Run]) -> Any:
             panel.plot(*zip(*((x, max(y, floor)) for x, y in means)), label=label, markersize=7, **look)
             for x, y in means:
                 if y < floor:
-                    panel.annotate(
-                        f"{y:.2f} ↓", (x, floor), (0, 6), textcoords="offset points", ha="center", size="small"
-                    )
+                    panel.annotate(f"{y:.2f} ↓", (x, floor), (9, -3), textcoords="offset points", size="small")
             single = [point for points in groups.values() if len(points) > 1 for point in points]
             if single:
                 panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **look)
         panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
+        panel.set_ylim(min(panel.get_ylim()[0], top - abs(top) / 10))  # or a small difference would look large
         panel.set_title(run.name if len(runs) > 1 else "")
     shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
     wide = len(runs) > 1 or len(shown) < 5
     figure.legend(
-        shown.values(), shown, loc="outside lower center", ncols=min(5, len(shown)) if wide else 2, frameon=False
+        shown.values(), shown, loc="outside lower center", ncols=min(6, len(shown)) if wide else 2, frameon=False
     )
     return figure
 
