@@ -44,11 +44,16 @@ def is_ours(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
+def cached_name(folder: Path) -> str | None:
+    """The hub's name of the model that a folder in its cache holds; None of other folders."""
+    found = re.search(r"models--([^/]+)/snapshots/", f"{folder.absolute()}/")
+    return found and found[1].replace("--", "/")
+
+
 def base_model(restore: Path) -> str | None:
     """The hub's name of the model that a checkpoint was trained from: its folder in the cache, or what its card says."""
-    cached = re.search(r"models--([^/]+)/snapshots/", f"{restore.absolute()}/")
-    if cached:
-        return cached[1].replace("--", "/")
+    if cached_name(restore):
+        return cached_name(restore)
     with contextlib.suppress(OSError, UnicodeDecodeError):
         told = re.search(r"^base_model: (\S+)$", (restore / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
         return told and told[1]

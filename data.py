@@ -76,12 +76,14 @@ class Settings:
     target_flops: float | None = setting(
         None,
         "Prune to this share of the dense FLOPs, such as 0.5: λ (soft), the thresholds' scale (hard, manual) or the keep "
-        "rate (topk) is found while training. In soft the other settings of pruning have defaults of their own then: "
-        "see the README.",
+        "rate (topk) is found while training. In soft it changes the defaults of other "
+        "settings, see `soft --help`.",
         type=float,
     )
     temperature_end: float | None = setting(
-        None, "Let τ fall to this value by the end, so that soft and hard decisions come to agree.", type=float
+        None,
+        "Let τ fall to this value by the end (if it is above), so that soft and hard decisions come to agree.",
+        type=float,
     )
     mask_floor: float = setting(
         0.0, "Drop tokens in soft training too, once their soft mask is below this: faster, and closer to `hard`."
@@ -145,6 +147,7 @@ def soft_target(max_length: int) -> dict[str, Any]:
 FINAL_TOKEN_THRESHOLD = 0.01  # θ_final: the threshold of the last layer that learning starts from, the authors' value
 TOKEN_KEEP_RATE = 0.2  # share of tokens that top-k keeps in the last layer
 MAX_SEQ_LENGTH = 128  # tokens a text is cut to
+QUESTION_LENGTH = 384  # the same of a question with a part of its context
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +224,9 @@ GLUE = {
 
 
 SQUAD = {
-    name: Task(name, "question", "context", "answers", ("start", "end"), "squad", hub, head="span", max_length=384)
+    name: Task(
+        name, "question", "context", "answers", ("start", "end"), "squad", hub, head="span", max_length=QUESTION_LENGTH
+    )
     for name, hub in (("SQuAD", "squad"), ("SQuAD2", "squad_v2"))
 }
 TASKS = GLUE | SQUAD
@@ -233,7 +238,7 @@ def find_task(name: str) -> Task:
         if task.name.replace("-", "").lower() == name.replace("-", "").replace("_", "").lower():
             return task
     raise InputError(
-        f"--task {name}: unknown; the tasks are {', '.join(TASKS)}. Leave --task away to use your own data with --data"
+        f"--task {name}: unknown; the tasks are {', '.join(TASKS)}. Omit --task to use your own data with --data"
     )
 
 

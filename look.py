@@ -197,7 +197,7 @@ def read_run(path: Path, name: str) -> Run:
             records = [record for _, record in read_log(path)]
             evaluations = [record for record in records if record["event"] == "evaluation"]
             if not evaluations or not all(needed <= set(record) for record in evaluations):
-                raise InputError(f"{path}: holds no evaluation yet; train on, or leave it away")
+                raise InputError(f"{path}: holds no evaluation yet; train on, or leave it out")
             best = [record for record in evaluations if record.get("saved", True)][-1]
             return Run(name, evaluations, best, records[0].get("thresholds"))
         text = path.read_text(encoding="utf-8")
@@ -467,7 +467,7 @@ PLOTS: dict[str, Callable[[list[Run]], Any]] = {
 
 
 def needing(runs: list[Run], fits: Callable[[Run], Any], what: str) -> list[Run]:
-    """The runs themselves. Raises: InputError naming the first that has not what the plot shows."""
+    """The runs themselves. Raises: InputError naming the first that lacks what the plot shows."""
     for run in runs:
         if not fits(run):
             raise InputError(f"{run.name}: this kind of plot shows {what}; pass another --kind")

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from data import (
     FINAL_TOKEN_THRESHOLD,
     MAX_SEQ_LENGTH,
+    QUESTION_LENGTH,
     STAGES,
     TASKS,
     TOKEN_KEEP_RATE,
@@ -77,7 +78,7 @@ def spelling(name: str) -> str:
     },
 )
 def main() -> None:
-    """Learned Token Pruning (LTP): make a RoBERTa-class classifier cheaper by dropping tokens nobody looks at.
+    """Learned Token Pruning (LTP): make a RoBERTa-class model cheaper by dropping tokens nobody looks at.
 
     \b
     The usual way:   finetune  ->  soft (learns the thresholds)  ->  hard (drops the tokens, adapts the weights)
@@ -115,7 +116,7 @@ def data_options(command: Any) -> Any:
         [
             click.option(
                 "--task",
-                help=f"{', '.join(TASKS)} (SST2 and STSB are understood). Leave it away to use your own data.",
+                help=f"{', '.join(TASKS)} (SST2 and STSB are understood). Omit it to use your own data.",
             ),
             click.option(
                 "--data",
@@ -144,7 +145,7 @@ def data_options(command: Any) -> Any:
                 "max_seq_length",
                 type=click.IntRange(2),
                 help="Cut texts, or questions with a part of their context, to this many tokens.  [default: the "
-                f"checkpoint's, else {MAX_SEQ_LENGTH}; 384 for questions]",
+                f"checkpoint's, else {MAX_SEQ_LENGTH}; {QUESTION_LENGTH} for questions]",
             ),
         ],
     )
@@ -279,18 +280,20 @@ def finetune() -> None:
 def soft() -> None:
     """Learn the thresholds together with the weights (first stage of LTP).
 
-    Every layer's output (or the attention to it) is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens
-    kept, summed over the layers) is added to the loss. Without --mask-floor no token is dropped yet, so this stage costs as
-    much as fine-tuning. Evaluation shows what dropping would do. Follow with `hard`.
+    Every layer's output is multiplied by the soft mask σ((score - θ) / τ), and λ · (share of tokens kept, summed over the
+    layers) is added to the loss. No token is dropped yet, so this stage costs as much as fine-tuning. Evaluation shows what
+    dropping would do. Follow with `hard`.
 
-    With --target-flops the thresholds start where they meet the target, and λ, now the weight of the FLOPs, is found while
-    training.
+    With --target-flops the thresholds start where they meet the target, λ, now the weight of the FLOPs, is found while
+    training, and the thresholds are scaled once more at the end. Defaults are then --mask-attention, --mask-floor 0.02,
+    --temperature 1e-3, --temperature-end 2e-4 and --lr-threshold 1e-4 (the last three at 128 tokens, in proportion to
+    1 / max length).
 
     \b
     python ltp.py soft --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05 --lambda 0.1
     python ltp.py soft --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05 --target-flops 0.5
 
-    Writes checkpoints/base/TASK/absolute_threshold/rate_θ/temperature_τ/lambda_λ/lr_LR.
+    Writes checkpoints/base/TASK/absolute_threshold/rate_θ/temperature_τ/lambda_λ/lr_LR (or .../flops_TARGET/lr_LR).
     """
 
 
@@ -298,7 +301,7 @@ def soft() -> None:
 def hard() -> None:
     """Drop tokens by the learned thresholds, now frozen, and adapt the weights (second stage of LTP).
 
-    A token whose score falls below its layer's threshold is gone from the next product on, so each step is cheaper
+    With --target-flops their common scale follows the target at every evaluation. A token whose score falls below its layer's threshold is gone from the next product on, so each step is cheaper
     than a dense one.
 
     \b
@@ -391,14 +394,13 @@ def make_source(given: dict[str, Any]) -> Any:
     if given["task"]:
         if any(columns) or given["regression"] or given["tagging"]:
             raise InputError(
-                "--task knows its data; leave --text-column, --pair-column, --label-column, --regression and "
-                "--tagging away"
+                "--task knows its data; omit --text-column, --pair-column, --label-column, --regression and --tagging"
             )
         return Source(find_task(given["task"]), given["data"], given["dev_data"])
     if not given["data"]:
         raise InputError("pass --task NAME for GLUE, or --data PATH for your own data")
     if given["tagging"] and (given["pair_column"] or given["regression"]):
-        raise InputError("--tagging has one text and labels; leave --pair-column and --regression away")
+        raise InputError("--tagging has one text and labels; omit --pair-column and --regression")
     return Source(custom_task(*columns, given["regression"], given["tagging"]), given["data"], given["dev_data"])
 
 
@@ -444,7 +446,9 @@ def eval_command(**given: Any) -> None:
     from train import evaluate_checkpoint, start_process
 
     if (given["predictions"] or given["nbest"]) and source.task.head != "span":
-        raise InputError(f"--predictions and --nbest are for questions on texts, which {source.task.name} has not")
+        raise InputError(
+            f"--predictions and --nbest are for questions on texts, which {source.task.name} does not have"
+        )
     process = start_process(given["device"], given["precision"], given["threads"])
     show = (lambda line: click.echo(line, err=True)) if process.main else quiet
 
@@ -639,7 +643,7 @@ def make_record(restore: str, head: str, text: str, pair: str | None) -> dict[st
     if head == "span" and pair is None:
         raise InputError(f"{restore}: asks for --pair, the text to find the answer in")
     if head == "token" and pair is not None:
-        raise InputError(f"{restore}: tags one text; leave --pair away")
+        raise InputError(f"{restore}: tags one text; omit --pair")
     if head == "span":
         return {"question": text, "context": pair}
     return {"text": text} if pair is None else {"text": text, "text_pair": pair}
@@ -841,8 +845,9 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
     \b
     curves     loss, score, relative FLOPs and thresholds over the steps      run folders
     tradeoff   accuracy against relative FLOPs                                run folders, eval results
-    kept       share of the tokens left after each layer                      all; of answers with its spread
-    lengths    tokens leaving the last layer against tokens of the text       answers
+    kept       share of the tokens left after each layer                      runs, eval results, answers (with spread)
+    lengths    tokens leaving the last layer that keeps more than one         answers
+               against tokens of the text
     frontier   accuracy against relative FLOPs by method, a panel a task      folders of sweeps, or their results.jsonl
 
     \b

@@ -23,8 +23,8 @@ Departures from the authors' release, where each was a choice:
 - the regulariser runs over real tokens only (towards a budget it is their FLOPs), and dropout never touches a score;
 - the top-k rate is clamped at 0, not 0.01;
 - a soft mask may act on the attention that later layers pay to the token instead of on the layer's output: then a mask
-  of 0 is the same as dropping, and soft training leads where hard pruning goes; and it may be drawn, so that a token is
-  there or not instead of being half there (towards a budget both are the default);
+  of 0 is the same as dropping, and soft training leads where hard pruning goes (the default towards a budget);
+- towards a budget the thresholds do not start from θ_final · l / L but where they meet it, as a steep ladder;
 - in the last layer a classifier needs the output of the first token only, so only that one is computed;
 - where every token has an answer (questions, tags), a pruned token's is read off the state that it was dropped with; in
   soft training a token leaves by degrees, and what is read is the mean of its states by how much left when.
@@ -50,7 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, TOKEN_KEEP_RATE, InputError, plural
+from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, QUESTION_LENGTH, TOKEN_KEEP_RATE, InputError, plural
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -228,9 +228,10 @@ class Config:
             if not strings or sorted(names) != sorted(ids) or len(set(names.values())) != len(ids):
                 raise bad("id2label", 'expected different names for the ids from "0" on without a gap')
             values["labels"] = tuple(names[i] for i in ids)
-        if values.get("head") == "span":
-            values["labels"] = SPAN_LABELS
         config = cls(model_type=model_type, other=dict(raw), **values)
+        if config.head == "span":
+            length = values.get("max_seq_length", min(QUESTION_LENGTH, config.max_tokens))
+            config = replace(config, labels=SPAN_LABELS, max_seq_length=length)
         if config.max_tokens < 2:
             raise bad("max_position_embeddings", "leaves no room for a sequence")
         return config

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from card import is_ours, write_card
+from card import cached_name, is_ours, write_card
 from data import (
     STAGES,
     Batch,
@@ -45,7 +45,6 @@ from data import (
     chunked,
     custom_task,
     epoch_batches,
-    evaluate_predictions,
     flag,
     is_text,
     load_examples,
@@ -462,7 +461,7 @@ def bench_checkpoint(
     if process.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(process.device)
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "speeds": [asdict(speed) for speed in speeds],
         "conditions": {
@@ -515,10 +514,11 @@ class Budget:
 
 
 def starting_thresholds(num_layers: int, target: float) -> Tensor:
-    """Where soft training towards a target starts from, but for the factor that meets it (L,): see `scale_thresholds`.
+    """The thresholds that soft training towards a target starts from (L,), before `scale_thresholds` multiplies them by
+    the factor that meets the target.
 
     A steep ladder leaves the first layers whole and closes the last ones, which then work on what the first ones found.
-    Where the budget is less than two layers on the whole text, the first layer prunes, so that the second has something
+    Below the cost of two whole layers the first layer prunes instead, so that the second, with threshold 0, has something
     left to read.
     """
     if target >= 2 / num_layers - 0.01:
@@ -801,7 +801,11 @@ def train(
         check_same_run(log, header)
         state = load_state(output / STATES, show) if process.main else None
         state = process.broadcast(state)
-        show(f"resuming after step {state['step']}" if state else "nothing to resume: starting from the beginning")
+        show(
+            f"resuming after step {state['step']}"
+            if state
+            else "no earlier run to go on with: starting from the beginning"
+        )
         if state:
             model.load_state_dict(state["model"])
 
@@ -885,7 +889,7 @@ def train(
                 steered = budget and group["params"][0] is model.thresholds  # to the end, or λ would pull in vain
                 group["lr"] = peak * rate_factor(done, steps, settings.warmup, fall=not steered)
             model.train()
-            fall = (settings.temperature_end or settings.temperature) / settings.temperature
+            fall = min(1.0, (settings.temperature_end or settings.temperature) / settings.temperature)
             now = replace(
                 settings, temperature=settings.temperature * fall ** (done / steps), regularization=regularization
             )
@@ -927,7 +931,7 @@ def train(
                 }
                 losses = []
                 saved = best is None or not settings.load_best or evaluation.score > best["score"]
-                if best and settings.target_flops:
+                if best and settings.target_flops and settings.load_best:
                     over = [r["relative_flops"] > settings.target_flops + BUDGET_MARGIN for r in (best, record)]
                     saved = over[0] if over[0] != over[1] else saved
                 best = record if saved else best
@@ -1178,7 +1182,7 @@ def run_stage(
     if stage != "finetune" and config.head != source.task.head:
         raise InputError(f"{restore}: has no head for {source.task.name}; run `finetune` on it first")
     if options.protect_question is not None and source.task.head != "span":
-        raise InputError(f"--protect-question is for questions on texts, which {source.task.name} has not")
+        raise InputError(f"--protect-question is for questions on texts, which {source.task.name} does not have")
     asked = options.max_seq_length
     if stage == "finetune" and not asked and "max_seq_length" not in config.other:
         asked = min(source.task.max_length, config.max_tokens)
@@ -1222,7 +1226,8 @@ def run_stage(
     if stage == "manual":
         model.thresholds.data = threshold_ladder(model.config.final_token_threshold, model.config.num_hidden_layers)
     elif stage == "soft":
-        if options.final_token_threshold is not None or model.config.score_norm != config.score_norm:
+        scales = [(c.score_norm, c.max_seq_length) for c in (config, model.config)]
+        if options.final_token_threshold is not None or scales[0] != scales[1]:
             has_thresholds = False  # asked to start anew, or their scale has changed
         final, L, target = model.config.final_token_threshold, model.config.num_hidden_layers, settings.target_flops
         if not has_thresholds:
@@ -1241,7 +1246,7 @@ def run_stage(
             factor = scale_thresholds(model.to(process.device), train_set, settings.target_flops, process)
             if factor is None:
                 raise InputError(
-                    f"--target-flops {settings.target_flops}: no multiple of the thresholds prunes so much; ask for less"
+                    f"--target-flops {settings.target_flops}: no multiple of the thresholds prunes so much; pass a larger one"
                 )
             notes.append(f"the thresholds are multiplied by {factor:.3f} to meet the target")
     if distill:
@@ -1281,7 +1286,7 @@ def known_labels(task: Task, config: Config) -> tuple[str, ...] | None:
 
 
 def default_output(stage: str, restore: Path, task: Task, config: Config, settings: Settings) -> Path:
-    """Where a stage writes without --output: the folders of the authors' release."""
+    """Where a stage writes without --output: the folders of the authors' release, and never the hub's cache."""
     rate = f"lr_{settings.learning_rate}"
     if stage == "soft":
         return Path(
@@ -1293,8 +1298,8 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
             f"flops_{settings.target_flops}" if settings.target_flops else f"lambda_{settings.regularization}",
             rate,
         )
-    if stage == "finetune":
-        return Path("checkpoints/base", task.name.replace("-", ""), "finetune", rate)
+    if stage == "finetune" or cached_name(restore):
+        return Path("checkpoints/base", task.name.replace("-", ""), stage, rate)
     return Path(restore, stage, rate)
 
 

@@ -236,7 +236,7 @@ def test_plots(runs, demo, tmp_path):
     assert (tmp_path / "kept.svg").read_bytes() == before  # the same runs, the same file
     run("plot", "--output", tmp_path / "p.PNG", runs / "soft")
     header = (tmp_path / "p.PNG").read_bytes()[:24]
-    assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20]) > 1000
+    assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") > 1000
 
 
 def test_plots_show_the_logs_numbers(runs):

@@ -115,7 +115,7 @@ def test_a_damaged_state_is_passed_over(demo, start, straight, tmp_path):
         path.write_bytes(path.read_bytes()[:1000])
     lines = []
     train(demo, start, other, show=lines.append)
-    assert "nothing to resume: starting from the beginning" in lines
+    assert "no earlier run to go on with: starting from the beginning" in lines
     same(other, straight)
 
 

@@ -16,7 +16,7 @@ from test_cli import refused, run
 from test_distributed import launch
 
 from data import InputError, Settings, Source, Tokenizer, custom_task, find_task, pack
-from model import load_config, load_model, save_model, sum_by_sequence, threshold_ladder
+from model import Config, load_config, load_model, save_model, sum_by_sequence, threshold_ladder
 from tagging import demo_sentences
 from train import (
     Predictor,
@@ -83,6 +83,11 @@ def test_another_kind_of_head_is_new_where_asked_for_and_an_error_elsewhere(tmp_
         assert loaded.model(*pack([[5, 6, 7]])).logits.shape == (3, len(labels))
         save_model(tmp_path / head, loaded.model)
         assert load_config(tmp_path / head).head == head and load_config(tmp_path / head).labels == labels
+    # A model of questions from elsewhere says nothing of a length: windows have 384 tokens then, or all it has positions for.
+    raw = json.loads((tmp_path / "span" / "config.json").read_text())
+    del raw["max_seq_length"]
+    assert Config.from_dict(raw).max_seq_length == Config.from_dict(raw).max_tokens < 384
+    assert Config.from_dict(raw | {"max_position_embeddings": 514}).max_seq_length == 384
 
 
 # ---- pruned tokens ----
@@ -400,7 +405,7 @@ def test_options_of_questions_are_refused_elsewhere(trained, tmp_path, demo):
     if source.task.head == "span":
         assert "asks for --pair" in refused("predict", "--restore", dense, "Where?")
         return
-    assert "leave --pair away" in refused("predict", "--restore", dense, "a text", "--pair", "b")
+    assert "omit --pair" in refused("predict", "--restore", dense, "a text", "--pair", "b")
     assert "--no-answer-threshold" in refused("predict", "--restore", dense, "a text", "--no-answer-threshold", 0)
     with pytest.raises(InputError, match="--protect-question"):
         run_stage("topk", dense, source, Settings(), PruningOptions(protect_question=True), tmp_path / "x")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train
 from conftest import random_sequences, small_model
 
 from data import Examples, InputError, Settings, Source, custom_task, find_task
@@ -196,6 +197,21 @@ def test_soft_moves_thresholds_and_hard_freezes_them(demo, finetuned, tmp_path):
     stage(demo, "soft", tmp_path / "soft", tmp_path / "again", threshold_learning_rate=0.0, show=lines.append)
     assert torch.equal(load_model(tmp_path / "again").model.thresholds, learned.thresholds)
     assert any("continue" in line for line in lines)
+    shorter = PruningOptions(max_seq_length=100)  # scores are divided by it
+    stage(demo, "soft", tmp_path / "soft", tmp_path / "anew", shorter, threshold_learning_rate=0.0, show=lines.append)
+    assert torch.equal(load_model(tmp_path / "anew").model.thresholds, threshold_ladder(0.01, 4))
+
+
+def test_the_last_checkpoint_is_kept_where_the_best_is_not_asked_for(demo, finetuned, tmp_path, monkeypatch):
+    real = train.evaluate
+    for load_best, kept in ((False, [True, True]), (True, [True, False])):
+        shares = iter((0.5, 0.9))  # the first evaluation is within the target, what follows beyond it
+        measured = lambda *given: replace(real(*given), relative_flops=next(shares, 0.9))  # noqa: E731
+        monkeypatch.setattr(train, "evaluate", measured)
+        folder = tmp_path / f"{load_best}"
+        stage(demo, "soft", finetuned, folder, target_flops=0.6, load_best=load_best, epochs=0.2, save_steps=1)
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [record["saved"] for record in records if record["event"] == "evaluation"][:2] == kept
 
 
 def test_baselines(demo, finetuned, tmp_path):
@@ -427,6 +443,8 @@ def test_default_folders_are_the_authors():
     assert str(default_output("hard", folder, task, config, settings)) == f"{folder}/hard/lr_2e-05"
     assert str(default_output("manual", Path("x"), task, config, settings)) == "x/manual/lr_2e-05"
     assert str(default_output("topk", Path("x"), task, config, settings)) == "x/topk/lr_2e-05"
+    cached = Path("/cache/models--a--b/snapshots/1234")  # the hub's cache is not ours to write to
+    assert str(default_output("topk", cached, task, config, settings)) == "checkpoints/base/SST2/topk/lr_2e-05"
 
 
 def test_labels_of_your_own_data_are_the_checkpoints():
@@ -447,17 +465,17 @@ def test_a_head_with_the_tasks_labels_in_another_order_is_permuted(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"batch_size": 0}, "batch_size = 0"),
-        ({"learning_rate": math.nan}, "learning_rate = nan"),
-        ({"epochs": 0}, "epochs = 0"),
-        ({"temperature": 0.0}, "temperature = 0"),
-        ({"warmup": 2.0}, "warmup = 2.0"),
-        ({"save_steps": 0}, "save_steps = 0"),
-        ({"target_flops": 0.0}, "target_flops = 0.0"),
-        ({"target_flops": 1.5}, "target_flops = 1.5"),
-        ({"mask_floor": 0.7}, "mask_floor = 0.7"),
-        ({"distill_weight": 1.1}, "distill_weight = 1.1"),
-        ({"temperature_end": -1.0}, "temperature_end = -1.0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"learning_rate": math.nan}, "--lr nan"),
+        ({"epochs": 0}, "--epochs 0"),
+        ({"temperature": 0.0}, "--temperature 0"),
+        ({"warmup": 2.0}, "--warmup 2.0"),
+        ({"save_steps": 0}, "--save-steps 0"),
+        ({"target_flops": 0.0}, "--target-flops 0.0"),
+        ({"target_flops": 1.5}, "--target-flops 1.5"),
+        ({"mask_floor": 0.7}, "--mask-floor 0.7"),
+        ({"distill_weight": 1.1}, "--distill-weight 1.1"),
+        ({"temperature_end": -1.0}, "--temperature-end -1.0"),
     ],
 )
 def test_settings_out_of_range(demo, tmp_path, change, message):
