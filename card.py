@@ -131,7 +131,7 @@ Labels: {", ".join(config.labels)}.
 | task | {header.get("task", "custom")} |
 | data | {dataset["dataset_name"]}, {header.get("examples", 0):,} training and {record["examples"]:,} evaluation {noun} |
 {"".join(f"| {metric} | {value:.4f} |{chr(10)}" for metric, value in record["metrics"].items())}\
-| relative FLOPs | {record["relative_flops"]:.3f} ({record["gflops"]:.3g} of {record["dense_gflops"]:.3g} GFLOPs an example; encoder layers only) |
+| relative FLOPs | {record["relative_flops"]:.3f} ({record["gflops"]:.3g} of {record["dense_gflops"]:.3g} GFLOPs per example; encoder layers only) |
 | training | {", ".join(f"{key} {settings[key]}" for key in shown if key in settings)}; step {record["step"]} |
 
 Share of the tokens left after each layer, on the evaluation examples:
@@ -177,7 +177,7 @@ def add_speed(folder: Path, result: dict[str, Any]) -> None:
     ]
     c = result["conditions"]
     section = f"""{SPEED}
-| batch | dense, ms a batch | pruned, ms a batch | speed-up | FLOPs reduction |
+| batch | dense, ms per batch | pruned, ms per batch | speed-up | FLOPs reduction |
 |---|---|---|---|---|
 {chr(10).join(rows)}
 

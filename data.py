@@ -48,7 +48,7 @@ class Settings:
 
     learning_rate: float = setting(2e-5, "Peak learning rate of the weights.", "--lr", "--learning-rate")
     weight_decay: float = setting(0.0, "AdamW's weight decay (not on biases and norms).")
-    batch_size: int = setting(32, "Examples an optimizer step, over all processes together.", "--batch-size", "--bs")
+    batch_size: int = setting(32, "Examples per optimizer step, over all processes together.", "--batch-size", "--bs")
     epochs: float = setting(3.0, "Passes over the training data; may be a fraction.", "--epochs", "--epoch")
     accumulate: int = setting(1, "Split each batch into this many parts, one after the other, to save memory.")
     warmup: float = setting(0.06, "Share of the steps in which the rates rise; then they fall linearly to 0.")
@@ -540,7 +540,7 @@ def read_jsonl(path: Path, wanted: list[Any]) -> Iterator[tuple[int, dict]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
+                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object per line") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}, line {number}: expected a JSON object")
             _check_columns(path, wanted, list(record), number)

@@ -438,8 +438,8 @@ def eval_command(**given: Any) -> None:
     \b
     python ltp.py eval --task MRPC --restore CKPT --json result.json
 
-    FLOPs are the encoder layers' (embeddings and head are not counted), 2 a multiply-accumulate, by the formula
-    4·D²·n_in + 2·D·n_in² + 2·D·F·n_out a layer, n_in before and n_out after pruning.
+    FLOPs are the encoder layers' (embeddings and head are not counted), 2 per multiply-accumulate, by the formula
+    4·D²·n_in + 2·D·n_in² + 2·D·F·n_out per layer, n_in before and n_out after pruning.
     """
     source = make_source(given)
     from model import find_model, write_file
@@ -657,7 +657,7 @@ def make_record(restore: str, head: str, text: str, pair: str | None) -> dict[st
     "pairs",
     metavar="TEXT",
     multiple=True,
-    help="The second text, for a task on pairs, or the one that holds a question's answer: one a TEXT.",
+    help="The second text, for a task on pairs, or the one that holds a question's answer: one per TEXT.",
 )
 @click.option(
     "--html",
@@ -738,7 +738,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
     type=click.FloatRange(0, min_open=True),
     help="Of ltp's hard stage, of manual and of topk.  [default: as in `hard`]",
 )
-@click.option("--batch-size", "--bs", type=click.IntRange(1), help="Examples an optimizer step.  [default: 32]")
+@click.option("--batch-size", "--bs", type=click.IntRange(1), help="Examples per optimizer step.  [default: 32]")
 @DISTILL
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Where all goes."
@@ -998,7 +998,7 @@ def speed_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False)
-    for name in ("batch", "", "ms a batch", "p95", "examples/s", "FLOPs", "done", "speed-up", "FLOPs into time"):
+    for name in ("batch", "", "ms per batch", "p95", "examples/s", "FLOPs", "done", "speed-up", "FLOPs into time"):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for s in result["speeds"]:
         table.add_row(

@@ -157,7 +157,7 @@ class Config:
                 reason = "integer-only inference is not implemented, use the floating-point checkpoint"
                 raise bad(key, reason if key == "quant_mode" else f"not supported, only {json.dumps(wanted)} is")
         if raw.get("problem_type") == "multi_label_classification":
-            raise bad("problem_type", "not supported, one label an example is")
+            raise bad("problem_type", "not supported, one label per example is")
         if raw.get("pruned_heads"):
             raise bad("pruned_heads", "not supported, only models with all their heads are")
 
@@ -464,7 +464,7 @@ class SelfAttention(nn.Module):
         max_area, max_waste = (2**24, math.inf) if x.is_cuda else (40_000, 500)
         groups = attention_groups(sizes, max_area, max_waste)
         tokens = [sum(group) for group in groups]
-        if cls_only and not score:  # one query a sequence will do
+        if cls_only and not score:  # one query per sequence will do
             weight, bias = self.query_key_value.weight, self.query_key_value.bias
             queries = F.linear(x[sequence_starts(lengths)], weight[:D], bias[:D]).split([len(g) for g in groups])
             keys_values = F.linear(x, weight[D:], bias[D:]).split(tokens)
@@ -494,7 +494,7 @@ def attention_groups(lengths: list[int], max_area: int, max_waste: float) -> lis
     """Cuts a batch into runs of consecutive sequences that are attended together on one grid.
 
     max_area: of a grid, b · n_max² attention probabilities a head; a longer sequence stands alone.
-    max_waste: how many of them, a sequence, may be padding. Large grids leave a CPU's cache and padding costs it time,
+    max_waste: how many of them, per sequence, may be padding. Large grids leave a CPU's cache and padding costs it time,
     while a GPU wants few kernels; the CPU's limits were measured.
 
     >>> attention_groups([5, 5, 6, 30, 2], 1000, 30)

@@ -347,7 +347,7 @@ class Speed:
     """A pruned model beside itself without pruning, at one batch size: measured in one run, interleaved."""
 
     batch_size: int
-    latency: float  # seconds a batch, median over batches and repeats
+    latency: float  # seconds per batch, median over batches and repeats
     latency_p95: float
     dense_latency: float
     dense_latency_p95: float
@@ -1436,7 +1436,7 @@ class Predictor:
 
     @torch.inference_mode()
     def run(self, encoded: list[tuple[list[int], list[int]]]) -> list[tuple[Tensor, list[int]]]:
-        """Logits, (C,) or (n, C), and tokens kept a layer, of each; inside, sequences of similar length run together."""
+        """Logits, (C,) or (n, C), and tokens kept per layer, of each; inside, sequences of similar length run together."""
         found: list[Any] = [None] * len(encoded)
         lengths = np.array([len(ids) for ids, _ in encoded])
         for part in token_batches(np.argsort(lengths, kind="stable"), lengths, self.batch_size, self.max_tokens):
