@@ -274,7 +274,11 @@ def plot_curves(runs: list[Run]) -> Any:
             steps = [record["step"] for record in run.evaluations]
             panel.plot(steps, [record[key] for record in run.evaluations], label=run.name, markersize=4, **look_of(i))
         panel.set(title=title, xlabel="step")
+        panel.set_xlim(left=0)
     panels[2].set_ylim(0, 1.05)
+    low, high = panels[1].get_ylim()
+    wide = max(high - low, 0.05)  # or a difference that means nothing would look large
+    panels[1].set_ylim((low + high - wide) / 2, (low + high + wide) / 2)
     learned = [(i, run) for i, run in enumerate(runs) if run.evaluations[-1].get("thresholds")]
     last = panels[3]
     if len(runs) == 1 and learned:
@@ -286,6 +290,7 @@ def plot_curves(runs: list[Run]) -> Any:
             shade = colormaps["viridis"](0.9 * (l - 1) / max(1, len(values[0]) - 1))  # violet to green, none too pale
             last.plot(steps, column, color=shade, label=f"layer {l}", marker=look_of(l)["marker"], markersize=4)
         last.set(title="thresholds", xlabel="step")
+        last.set_xlim(left=0)
         last.legend(fontsize="small", ncols=2 if len(values[0]) > 8 else 1, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         for i, run in learned:
@@ -345,7 +350,7 @@ def plot_lengths(runs: list[Run]) -> Any:
         panel.plot(
             [0, edges[1][-1]], [0, edges[1][-1]], color="#666666", linestyle="--", linewidth=1, label="none dropped"
         )
-        panel.legend(loc="upper left", frameon=False, fontsize="small")
+        panel.legend(loc="lower right", frameon=False, fontsize="small")
         panel.set(title=run.name, xlim=(0, edges[0][-1]), ylim=(0, edges[1][-1]))
         last = layer + 1 == run.kept.shape[1]
         where = "the last layer" if last else f"layer {layer + 1}"
