@@ -123,6 +123,15 @@ def test_received_attention_sums_over_heads_and_alive_queries():
     assert received.tolist() == [[2.0, 2.0, 0.0]]  # 2 heads · 2 queries · 1/2
 
 
+def test_presence_counts_whether_scores_are_asked_for_or_not():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 5, 4).unbind()
+    presence = torch.rand(2, 5)
+    scored, plain = (attend(query, key, value, None, presence, Dropout(0.0), s, False, 100)[0] for s in (True, False))
+    torch.testing.assert_close(plain, scored)
+    assert (plain - attend(query, key, value, None, None, Dropout(0.0), False, False, 100)[0]).abs().max() > 0.01
+
+
 def test_dropout_does_not_touch_the_scores():
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 4).unbind()
