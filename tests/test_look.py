@@ -278,6 +278,23 @@ def test_plots_show_the_logs_numbers(runs):
     assert natural_kind([soft]) == "curves" and natural_kind([soft, dense]) == "tradeoff"
 
 
+def test_what_lies_far_below_does_not_stretch_the_frontier():
+    pytest.importorskip("matplotlib")
+    from look import Run, plot_frontier
+
+    def cell(method: str, share: float, accuracy: float) -> dict:
+        record = {"method": method, "relative_flops": share, "distilled": True, "target_flops": share}
+        return record | {"metrics": {"accuracy": accuracy}, "examples": 100}
+
+    cells = [cell("dense", 1.0, 0.8), cell("ltp", 0.5, 0.79), cell("manual", 0.5, 0.78), cell("manual", 0.25, 0.1)]
+    panel = plot_frontier([Run("task", [], None, cells=cells)]).axes[0]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+    assert drawn["manual thresholds"] == pytest.approx([0.6, 0.78]) and drawn["LTP"] == [0.79]
+    assert [text.get_text() for text in panel.texts] == ["0.10 ↓"] and 0.55 < panel.get_ylim()[0] < 0.6
+    band = panel.patches[0].get_extents().transformed(panel.transData.inverted())
+    assert (band.y0, band.y1) == pytest.approx((0.76, 0.84))  # one standard error of 100 examples
+
+
 def test_runs_are_named_by_what_differs(runs, tmp_path):
     for place in ("a/hard", "b/hard"):
         shutil.copytree(runs / "soft", tmp_path / place)
