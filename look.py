@@ -68,18 +68,18 @@ def examine(predictor: Predictor, records: list[tuple[str, Any]]) -> list[dict[s
 
 
 def answer(output: Any, config: Config, finish: Callable) -> dict[str, Any]:
-    """The answer for the one text of an Output; finish: see `Predictor.prepare`."""
-    logits, labels = output.logits.float().cpu(), config.labels
-    if config.head != "sequence":
-        (found,) = finish([(logits, output.kept[:, 0].tolist())])
-        if config.head == "span":
-            return {"label": found["answer"] or "no answer"}
+    """The answer for the one text of an Output; finish: see `Prepared`."""
+    logits = output.logits.float().cpu()
+    logits = logits[0] if config.head == "sequence" else logits
+    (found,) = finish([(logits, output.kept[:, 0].tolist())])
+    if config.head == "span":
+        return {"label": found["answer"] or "no answer"}
+    if config.head == "token":
         tagged = [f"{word} {label}" for word, label in zip(found["words"], found["labels"]) if label != "O"]
         return {"label": ", ".join(tagged) or "no tags"}
-    if len(labels) == 1:
-        return {"label": labels[0], "score": logits.item()}
-    probabilities = logits[0].softmax(0).tolist()
-    return {"label": labels[int(logits.argmax())], "probabilities": dict(zip(labels, probabilities))}
+    if len(config.labels) == 1:
+        return {"label": config.labels[0], "score": found["label"]}
+    return {"label": found["label"], "probabilities": dict(zip(config.labels, logits.softmax(0).tolist()))}
 
 
 def describe_answer(given: dict[str, Any]) -> str:

@@ -1373,6 +1373,10 @@ def evaluate_checkpoint(
 # Prediction
 
 
+# Token and segment ids of what is to be run, and what makes the records' answers of the logits and counts found there.
+Prepared = tuple[list[tuple[list[int], list[int]]], Callable[[list[tuple[Tensor, list[int]]]], list[dict[str, Any]]]]
+
+
 class Predictor:
     """Answers records, by what the checkpoint does: {"text"}, {"text", "text_pair"} or {"token_ids"} with a label and
     logits; {"words"} or {"text"} with a label for each word; {"question", "context"} with a part of the context."""
@@ -1454,12 +1458,12 @@ class Predictor:
         encoded, finish = self.prepare(records)
         return finish(self.run(encoded))
 
-    def prepare(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
-        """What to run, token and segment ids, and how to make the records' answers of what `run` found there."""
+    def prepare(self, records: list[tuple[str, Any]]) -> Prepared:
+        """What to `run` for these records, and how to finish their answers. Raises: InputError naming the record."""
         kinds = {"sequence": self.prepare_texts, "token": self.prepare_sentences, "span": self.prepare_questions}
         return kinds[self.model.config.head](records)
 
-    def prepare_texts(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
+    def prepare_texts(self, records: list[tuple[str, Any]]) -> Prepared:
         encoded, labels = self.encode(records), self.model.config.labels
 
         def finish(found: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
@@ -1472,7 +1476,7 @@ class Predictor:
 
         return encoded, finish
 
-    def prepare_sentences(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
+    def prepare_sentences(self, records: list[tuple[str, Any]]) -> Prepared:
         """Labels of words, by `best_labels`."""
         sentences = []
         for where, record in records:
@@ -1496,7 +1500,7 @@ class Predictor:
 
         return [(result.token_ids, result.segment_ids) for result in aligned], finish
 
-    def prepare_questions(self, records: list[tuple[str, Any]]) -> tuple[list[tuple[list[int], list[int]]], Callable]:
+    def prepare_questions(self, records: list[tuple[str, Any]]) -> Prepared:
         """Runs the windows of all contexts. An answer's tokens are those of all its windows, and so are those kept."""
         questions = []
         for i, (where, record) in enumerate(records):
