@@ -1,4 +1,4 @@
-"""Token classification: tagged sentences, their words among the tokens, metrics, and a demo task.
+"""Token classification: tagged sentences, their words among the tokens, and metrics.
 
 Only the standard library is imported at the top, as in data.py.
 """
@@ -6,7 +6,6 @@ Only the standard library is imported at the top, as in data.py.
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data import (
-    FILLER,
     Examples,
     InputError,
     Source,
@@ -217,42 +215,6 @@ def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[st
             gold, predicted, average="micro", zero_division=0
         )
     return {"f1": float(f1), "precision": float(precision), "recall": float(recall), "accuracy": accuracy}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The demo's task: names, some of which mean a place or a firm by the words before them
-
-GIVEN = "Anna Boris Clara David Elena Felix Greta Hugo".split()
-FAMILY = "Berg Castro Dumont Eriksen Fontana Gruber Jansen Keller".split()
-PLACES = "Malden Norwick Orleton Pernau Quimby Rosental".split()
-TRADES = "Press Motors Bank Airways Theatre".split()
-SHARED = "Harlow Sutton Whitby Lindau Amberg".split()  # places and firms
-
-
-def demo_sentences(count: int, seed: int) -> list[Sentence]:
-    """Synthetic sentences: 8 to 24 filler words and one to three names, labelled PER, LOC and ORG in BIO.
-
-    A name of `SHARED` alone is a place after "in" and a firm after "at the": only the word before decides. Most words
-    are filler and most labels "O", so most tokens can go, but not the words before names.
-    """
-    generator = random.Random(seed)
-    sentences = []
-    for line in range(1, count + 1):
-        pieces = [[(word, "O")] for word in generator.choices(FILLER, k=generator.randint(8, 24))]
-        for _ in range(generator.randint(1, 3)):
-            kind = generator.choice(("PER", "LOC", "ORG"))
-            if kind == "PER":
-                cue, name = [], [generator.choice(GIVEN), generator.choice(FAMILY)]
-            elif kind == "LOC":
-                cue, name = ["in"], [generator.choice(PLACES + SHARED)]
-            else:
-                trade = generator.choices(TRADES, k=generator.randint(0, 1))  # one or none
-                cue, name = ["at", "the"], [generator.choice(SHARED), *trade]
-            tagged = [(word, f"{'I' if i else 'B'}-{kind}") for i, word in enumerate(name)]
-            pieces.insert(generator.randint(0, len(pieces)), [(word, "O") for word in cue] + tagged)
-        words, labels = zip(*chain.from_iterable(pieces))
-        sentences.append(Sentence(list(words), list(labels), line))
-    return sentences
 
 
 # ----------------------------------------------------------------------------------------------------------------------

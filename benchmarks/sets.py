@@ -2,12 +2,13 @@
 
 python benchmarks/sets.py sentences GLUE/SST-2 OUT      10,000 lines of SST-2, sentences rather than phrases
 python benchmarks/sets.py halves GLUE/MRPC OUT          MRPC: the shorter half to train, the longer half to evaluate
-python benchmarks/sets.py tags OUT                      generated sentences with names to tag
+python benchmarks/sets.py names SQUAD OUT               sentences of SQuAD's contexts in lower case: which words are names?
 """
 
 from __future__ import annotations
 
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import write_file  # noqa: E402
-from tagging import demo_sentences  # noqa: E402
+from squad import read_squad  # noqa: E402
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 OUTPUT = click.Path(file_okay=False, path_type=Path)
@@ -35,8 +36,7 @@ def read_lines(path: Path) -> tuple[str, list[str]]:
 
 def write_lines(path: Path, lines: list[str]) -> None:
     write_file(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    words = sum(len(line.split()) for line in lines) / len(lines)
-    click.echo(f"{path}: {len(lines):,} lines, {words:.1f} words each")
+    click.echo(f"{path}: {len(lines):,} lines")
 
 
 @main.command()
@@ -77,16 +77,28 @@ def halves(source: Path, output: Path) -> None:
 
 
 @main.command()
+@click.argument("source", type=FOLDER)
 @click.argument("output", type=OUTPUT)
-@click.option("--train", default=2000, show_default=True)
-@click.option("--dev", default=500, show_default=True)
-def tags(output: Path, train: int, dev: int) -> None:
-    """Names of people, places and firms, some of which only the word before tells apart, in CoNLL's layout."""
-    for name, count, seed in (("train", train, 0), ("dev", dev, 1)):
+def names(source: Path, output: Path) -> None:
+    """Words that were written with a capital, to be found again in lower case, in CoNLL's layout.
+
+    Neighbouring ones are one NAME. A sentence's first word counts where its text has it nowhere in lower case.
+    """
+    for split in ("train", "dev"):
+        (path,) = source.glob(f"{split}*.json")
+        contexts = dict.fromkeys(question.context for question in read_squad(path))
+        everything = [re.findall(r"\w+|[^\w\s]", context) for context in contexts]
+        small = {word for words in everything for word in words if word.islower()}
         lines = []
-        for sentence in demo_sentences(count, seed):
-            lines += [f"{word} {label}" for word, label in zip(sentence.words, sentence.labels)] + [""]
-        write_lines(output / f"{name}.conll", lines)
+        for context in contexts:
+            for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", context):
+                label = "O"
+                for i, word in enumerate(re.findall(r"\w+|[^\w\s]", sentence)):
+                    name = word[0].isupper() and (i > 0 or word.lower() not in small)
+                    label = "O" if not name else "B-NAME" if label == "O" else "I-NAME"
+                    lines.append(f"{word.lower()} {label}")
+                lines.append("")
+        write_lines(output / f"{split}.conll", lines)
 
 
 if __name__ == "__main__":

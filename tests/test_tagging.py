@@ -1,4 +1,4 @@
-"""Tagged sentences: readers, alignment of words and tokens, metrics, the demo's sentences."""
+"""Tagged sentences: readers, alignment of words and tokens, metrics, made sentences."""
 
 import json
 import tracemalloc
@@ -6,9 +6,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from sentences import SHARED, made_sentences
 
 from data import FILLER, InputError, Tokenizer
-from tagging import SHARED, Aligned, Sentence, align, demo_sentences, entity_metrics, read_tagged
+from tagging import Aligned, Sentence, align, entity_metrics, read_tagged
 
 # ---- readers ----
 
@@ -358,19 +359,19 @@ def test_parts_of_speech(no_warnings):
     assert entity_metrics([["3", "0"]], [["3", "0"]]) == {"macro_f1": 1, "accuracy": 1}
 
 
-# ---- the demo's sentences ----
+# ---- the made sentences ----
 
 
-def test_demo_sentences_are_as_their_seed():
-    assert demo_sentences(5, 3) == demo_sentences(5, 3) != demo_sentences(5, 4)
-    assert demo_sentences(9, 3)[:5] == demo_sentences(5, 3) and [s.line for s in demo_sentences(3, 3)] == [1, 2, 3]
+def test_made_sentences_are_as_their_seed():
+    assert made_sentences(5, 3) == made_sentences(5, 3) != made_sentences(5, 4)
+    assert made_sentences(9, 3)[:5] == made_sentences(5, 3) and [s.line for s in made_sentences(3, 3)] == [1, 2, 3]
 
 
-def test_demo_labels_are_what_the_words_say():
+def test_made_labels_are_what_the_words_say():
     readings = {name: set() for name in SHARED}
     kinds: dict[str, set[str]] = {}
     labels_seen = []
-    for words, labels, _ in demo_sentences(400, 1):
+    for words, labels, _ in made_sentences(400, 1):
         assert len(words) == len(labels) and 1 <= sum(label[0] == "B" for label in labels) <= 3
         labels_seen += labels
         for i, (word, label) in enumerate(zip(words, labels)):

@@ -12,12 +12,12 @@ import reference
 import torch
 from conftest import MODES, random_sequences, small_model
 from safetensors.torch import load_file
+from sentences import made_sentences
 from test_cli import refused, run
 from test_distributed import launch
 
 from data import InputError, Settings, Source, Tokenizer, custom_task, find_task, pack
 from model import Config, load_config, load_model, save_model, sum_by_sequence, threshold_ladder
-from tagging import demo_sentences
 from train import (
     Predictor,
     Process,
@@ -246,7 +246,7 @@ def questions(tmp_path_factory) -> Source:
 def tags(tmp_path_factory) -> Source:
     folder = tmp_path_factory.mktemp("tags")
     for name, count, seed in (("train.conll", 96, 0), ("dev.conll", 30, 1)):
-        blocks = ("\n".join(f"{w} {t}" for w, t in zip(s.words, s.labels)) for s in demo_sentences(count, seed))
+        blocks = ("\n".join(f"{w} {t}" for w, t in zip(s.words, s.labels)) for s in made_sentences(count, seed))
         (folder / name).write_text("\n\n".join(blocks) + "\n")
     return Source(custom_task(None, None, None, False, True), folder)
 
@@ -342,7 +342,7 @@ def test_tags_of_predict_are_those_of_eval(trained):
     source, dense = trained
     if source.task.head != "token":
         pytest.skip("of tags")
-    sentences = demo_sentences(30, 1)
+    sentences = made_sentences(30, 1)
     predictor = Predictor(dense, Process(), 4, None, False)
     answers = predictor.answer([("line", {"words": s.words}) for s in sentences])
     evaluation = evaluate_checkpoint(dense, source, Process())
