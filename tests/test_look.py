@@ -130,7 +130,7 @@ def test_page_names_are_data_too():
 
 
 @pytest.mark.skipif(not chromium.CHROMIUM, reason="no Chromium")
-def test_page_in_a_browser(hard, tmp_path):
+def test_page_in_a_browser(hard, demo, tmp_path):
     file = tmp_path / "p.html"
     run("inspect", "--restore", hard, "--html", file, "the road was not excellent", NASTY, "word " * 300)
     text = "the road was not excellent"
@@ -181,6 +181,11 @@ def test_page_in_a_browser(hard, tmp_path):
             "document.querySelectorAll('img').length"
         )
         assert b.requests == [file.as_uri()] and b.messages == []
+
+        assert b.run("at('answers').children.length") == 2  # a dense model answers once
+        run("inspect", "--restore", demo / "model", "--html", file, text)
+        b.open(file, 1200, 800)
+        assert b.run("at('answers').children.length") == 1
 
 
 CONTRAST = """(() => {
