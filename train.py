@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -606,10 +607,13 @@ def ask_teacher(
     process: Process,
     batch_size: int,
 ) -> list[np.ndarray]:
-    """A dense model's logits of the training examples, tokenized as it wants them. Raises: InputError.
+    """A dense model's logits of the training examples, tokenized as it wants them, (C,) or (n, C) each.
 
-    Where every token has an answer, it must have the student's tokens.
+    They are kept in the cache of `datasets`, for the next stage that asks the same model about the same tokens.
+    Raises: InputError; where every token has an answer, the teacher must have the student's tokens.
     """
+    import datasets
+
     tokenizer, config = Tokenizer(folder), load_config(folder)
     tokenizer.check_fits(config.vocab_size, folder)
     check_task(folder, config, source.task)
@@ -619,8 +623,23 @@ def ask_teacher(
         raise InputError(f"--distill {folder}: answers {', '.join(config.labels)}, not {', '.join(labels)}")
     limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
     examples = load_sets(source, "train", tokenizer, limit, labels)[0][""]
-    teacher = load_model(folder, labels or config.labels).model.to(process.device).pack()
-    return predict_examples(teacher, examples, process, batch_size, "none")[0]
+    teacher = load_model(folder, labels or config.labels).model
+    key = hashlib.sha256(f"{teacher.config} {process.precision}".encode())
+    columns = (examples.table.data.column(name) for name in ("token_ids", "segment_ids"))
+    tokens = [part.flatten().to_numpy() for column in columns for part in column.chunks]
+    for array in (*(tensor.numpy() for tensor in teacher.state_dict().values()), examples.lengths, *tokens):
+        key.update(array)
+    path = Path(datasets.config.HF_DATASETS_CACHE, f"answers-{key.hexdigest()[:32]}.safetensors")
+    if all(process.gather(path.is_file())):
+        answers = load_file(path)["logits"]
+    else:
+        teacher.to(process.device).pack()
+        rows = predict_examples(teacher, examples, process, batch_size, "none")[0]
+        answers = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))
+        if process.main:
+            write_file(path, lambda beside: save_file({"logits": answers}, beside))
+    rows = answers if source.task.head == "sequence" else answers.split(examples.lengths.tolist())
+    return [row.numpy() for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
             demo / "data",
             "--restore",
             finetuned,
+            *(("--distill", finetuned) if stage != "finetune" else ()),
             "--lr",
             "5e-5",
             "--bs",

@@ -13,7 +13,7 @@ import torch
 import train
 from conftest import random_sequences, small_model
 
-from data import Examples, InputError, Settings, Source, custom_task, find_task
+from data import Examples, InputError, Settings, Source, Tokenizer, custom_task, find_task
 from model import (
     keep_by_threshold,
     load_model,
@@ -334,6 +334,28 @@ def test_with_the_teacher_alone_the_labels_do_not_matter(demo, finetuned, tmp_pa
         stage(folder.parent, "manual", finetuned, run, distill=finetuned, distill_weight=1.0, epochs=0.5)
         weights[labels] = load_model(run).model.head.output.weight
     assert torch.equal(weights["right"], weights["wrong"])
+
+
+def test_a_teacher_is_asked_once(demo, finetuned, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source, asked = Source(custom_task(None, None, None, False), demo / "data"), []
+    monkeypatch.setattr(train, "predict_examples", lambda *args: asked.append(args) or predict_examples(*args))
+
+    def ask(folder, max_length=128, process=Process()):
+        labels = ("negative", "positive")
+        return train.ask_teacher(folder, source, labels, Tokenizer(folder), max_length, process, 16)
+
+    first, second = ask(finetuned), ask(finetuned)
+    assert len(asked) == 1 and len(first) == len(second) and all(map(np.array_equal, first, second))
+    # Not of another precision, and not of other weights, wherever they stand.
+    ask(finetuned, process=Process(precision="bf16"))
+    model = load_model(shutil.copytree(finetuned, tmp_path / "other")).model
+    ask(tmp_path / "other")
+    assert len(asked) == 2
+    model.head.output.bias.data += 1
+    save_model(tmp_path / "other", model)
+    third = ask(tmp_path / "other")
+    assert len(asked) == 3 and np.allclose(third, np.add(first, 1), atol=1e-6)
 
 
 def test_evaluation_says_where_thresholds_that_the_folder_lacks_come_from(demo, finetuned, tmp_path):
