@@ -206,7 +206,7 @@ def read_run(path: Path, name: str) -> Run:
             return Run(name, [], None, cells=read_results(path))
         if needed <= set(first):
             return Run(name, [first], first)
-        answers = [json.loads(line) for line in text.splitlines()]
+        answers = [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all({"kept", "tokens"} <= set(record) for record in answers):
             raise InputError(f"{path}: neither the result of `eval --json` nor answers of `predict` with their tokens")
         tokens, kept = (np.array([record[key] for record in answers], dtype=np.int64) for key in ("tokens", "kept"))

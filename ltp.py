@@ -301,8 +301,8 @@ def soft() -> None:
 def hard() -> None:
     """Drop tokens by the learned thresholds, now frozen, and adapt the weights (second stage of LTP).
 
-    With --target-flops their common scale follows the target at every evaluation. A token whose score falls below its layer's threshold is gone from the next product on, so each step is cheaper
-    than a dense one.
+    A token whose score falls below its layer's threshold is gone from the next product on, so each step is cheaper than a
+    dense one. With --target-flops the thresholds' common scale follows the target at every evaluation.
 
     \b
     python ltp.py hard --task MRPC --restore CKPT_of_soft --lr 1e-5
@@ -340,6 +340,8 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
     if given.get("target_flops") and given.get("final_token_threshold") is not None:
         raise click.UsageError("--target-flops finds the height of the thresholds by itself; pass it or --threshold")
+    if given.get("target_flops") and given.get("token_keep_rate") is not None:
+        raise click.UsageError("--target-flops finds the keep rate by itself; pass it or --token-keep-rate")
     if stage == "soft" and given["target_flops"]:
         from model import find_model, load_config
 
@@ -353,8 +355,9 @@ def run_stage_command(stage: str, given: dict[str, Any]) -> None:
     with screen() as (show, progress):
         show("loading ...")
         from model import find_model
-        from train import PruningOptions, run_stage, start_process
+        from train import PruningOptions, check_settings, run_stage, start_process
 
+        check_settings(settings)
         process = start_process(given["device"], given["precision"], given["threads"], settings.seed)
         show, progress = (show, progress) if process.main else (quiet, quiet)
         options = PruningOptions(**{f.name: given[f.name] for f in fields(PruningOptions) if f.name in given})
@@ -629,13 +632,19 @@ def predict(text: str | None, **given: Any) -> None:
         raise InputError(f"--no-answer-threshold is for questions on texts, which {given['restore']} does not answer")
     if text is not None:
         record = make_record(given["restore"], head, text, given["pair"])
-        click.echo(json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False))
+        answer = json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False)
+        if process.main:
+            click.echo(answer)
+        cut = predictor.truncated
     else:
         with screen() as (_, progress):
+            progress = progress if process.main else quiet
             count = predict_file(predictor, given["input_file"], given["output_file"], progress)
-        click.echo(f"{count:,} lines answered", err=True)
-    if predictor.truncated:
-        click.echo(f"{predictor.truncated:,} longer than {predictor.max_length} tokens were cut", err=True)
+        cut = sum(process.gather(predictor.truncated))
+        if process.main:
+            click.echo(f"{count:,} lines answered", err=True)
+    if cut and process.main:
+        click.echo(f"{cut:,} longer than {predictor.max_length} tokens were cut", err=True)
 
 
 def make_record(restore: str, head: str, text: str, pair: str | None) -> dict[str, str]:
@@ -731,7 +740,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
 @click.option(
     "--lr", "learning_rate", multiple=True, type=click.FloatRange(0), help="Peak learning rates of the weights."
 )
-@click.option("--seed", multiple=True, type=click.IntRange(0), help="Of order, dropout and new weights.")
+@click.option("--seed", multiple=True, type=click.IntRange(0, 2**31), help="Of order, dropout and new weights.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Of ltp's soft stage.  [default: as in `soft`]")
 @click.option(
     "--adapt-epochs",

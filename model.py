@@ -1077,8 +1077,15 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside and renames, so that `path` is at every moment either the old file or the whole new one."""
+    """Writes beside and renames, so that `path` is at every moment either the old file or the whole new one.
+
+    Through a link, into the file that it names; into a device or a pipe directly. Raises: InputError.
+    """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            write(path)
+            return
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:

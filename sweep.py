@@ -26,6 +26,7 @@ from train import (
     load_sets,
     run_stage,
     topk_flops,
+    usual_precision,
 )
 
 # How each method is trained, from the fine-tuned dense model.
@@ -100,6 +101,7 @@ def cell_command(
     source: Source,
     restore: Path,
     distill: Path | None,
+    process: Process,
 ) -> str:
     """The command that makes a stage of a cell on its own, but for --output."""
     task, own = source.task, source.task.name == "custom"
@@ -113,6 +115,7 @@ def cell_command(
     for name, value in asdict(settings).items():
         if value != usual[name]:
             words += [flag(name), str(value)]
+    words += ["--precision", process.precision] * (process.precision != usual_precision(process.device))
     return shlex.join(["python", "ltp.py", stage, *words])
 
 
@@ -137,6 +140,13 @@ def run_sweep(
     Returns one record a model, with those that earlier grids left in output/results.jsonl, where they are written.
     Raises: InputError; Interrupted after a signal.
     """
+    results = output / "results.jsonl"
+    rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
+    begun = {"folder": str(restore), "task": source.task.name, "data": str(source.path)}
+    for name, value in begun.items():
+        found = rows.get("dense", {}).get(name, value)
+        if found != value:
+            raise InputError(f"{results}: the sweep there is of {found}, not {value}; choose another --output")
     config, max_length = load_config(restore), common.get("max_seq_length")
     if "topk" in methods:
         check_pruning(config, {"prune_mode": "topk"})
@@ -152,9 +162,7 @@ def run_sweep(
                 f"note: top-k does not prune the first layers and cannot go below {lowest}: it gets that budget instead"
             )
     dense = evaluate_checkpoint(restore, source, process, max_length=max_length, dense=True)
-    results = output / "results.jsonl"
-    rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
-    rows["dense"] = {"name": "dense", "method": "dense", "folder": str(restore)} | asdict(dense)
+    rows["dense"] = {"name": "dense", "method": "dense"} | begun | asdict(dense)
 
     def write() -> None:
         if process.main:
@@ -168,7 +176,7 @@ def run_sweep(
         scale = max_length or config.max_seq_length
         for stage, settings, options in cell_stages(cell, common, scale):
             folder = output / cell.name / stage
-            command = cell_command(stage, settings, options, scale, source, previous, distill)
+            command = cell_command(stage, settings, options, scale, source, previous, distill, process)
             commands.append(f"{command} --output {shlex.quote(str(folder))}")
             show(f"$ {commands[-1]}")
             torch.manual_seed(settings.seed + process.rank)  # a cell does not depend on those before it
@@ -215,7 +223,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """The records of a results.jsonl, the dense model's first. Raises: InputError naming file and line."""
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
             rows.append(json.loads(line))
             known = {"name", "method", "score", "metrics", "relative_flops"} <= set(rows[-1])
             if not known or rows[-1]["method"] not in ("dense", *METHODS):

@@ -167,7 +167,12 @@ def start_process(
         else:
             dist.init_process_group(backend)
     torch.manual_seed(seed + rank)  # dropout differs from rank to rank
-    return Process(rank, world, chosen, precision or ("bf16" if chosen.type == "cuda" else "fp32"))
+    return Process(rank, world, chosen, precision or usual_precision(chosen))
+
+
+def usual_precision(device: torch.device) -> str:
+    """Without --precision."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,7 +614,8 @@ def ask_teacher(
 ) -> list[np.ndarray]:
     """A dense model's logits of the training examples, tokenized as it wants them, (C,) or (n, C) each.
 
-    They are kept in the cache of `datasets`, for the next stage that asks the same model about the same tokens.
+    They are kept in the cache of `datasets`, for the next stage that asks the same model about the same tokens in the same
+    way.
     Raises: InputError; where every token has an answer, the teacher must have the student's tokens.
     """
     import datasets
@@ -624,7 +630,7 @@ def ask_teacher(
     limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
     examples = load_sets(source, "train", tokenizer, limit, labels)[0][""]
     teacher = load_model(folder, labels or config.labels).model
-    key = hashlib.sha256(f"{teacher.config} {process.precision}".encode())
+    key = hashlib.sha256(f"{teacher.config} {process.precision} {process.world} {batch_size}".encode())
     columns = (examples.table.data.column(name) for name in ("token_ids", "segment_ids"))
     tokens = [part.flatten().to_numpy() for column in columns for part in column.chunks]
     for array in (*(tensor.numpy() for tensor in teacher.state_dict().values()), examples.lengths, *tokens):
@@ -650,11 +656,16 @@ STATES = "resume"  # subfolder of a run in which it keeps what it needs to go on
 
 
 def check_output(folder: Path, overwrite: bool, resume: bool) -> None:
-    """Raises InputError for a folder that holds a run which the user neither resumes nor wants replaced."""
+    """Raises InputError for a folder that holds a run which the user neither resumes nor wants replaced, or a model that
+    is no run's."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if held and not overwrite and not resume:
+    if resume and (folder / "log.jsonl").exists() or overwrite:  # a run begins with its log
+        return
+    if resume and held:
+        raise InputError(f"--output {folder}: holds {held[0]}, but no run to resume; choose another folder")
+    if held:
         raise InputError(
             f"--output {folder}: already holds a run ({held[0]}); choose another, or pass --resume to go on with it or "
             "--overwrite to replace it"
@@ -814,6 +825,7 @@ def train(
         "pruning": pruning,
         "settings": asdict(settings),
         "examples": len(train_set),
+        "precision": process.precision,
     }
     state = None
     if resume:
@@ -865,8 +877,6 @@ def train(
     elif process.main:
         clear_output(output)
         output.mkdir(parents=True, exist_ok=True)
-        for name, content in tokenizer.files.items():
-            write_file(output / name, lambda path: path.write_bytes(content))
         append(
             log,
             header
@@ -875,11 +885,12 @@ def train(
                 "thresholds": thresholds(),
                 "processes": process.world,
                 "device": str(process.device),
-                "precision": process.precision,
                 "torch": torch.__version__,
                 "machine": platform.machine(),
             },
         )
+        for name, content in tokenizer.files.items():
+            write_file(output / name, lambda path: path.write_bytes(content))
 
     def save() -> None:
         random = random_state(process)
@@ -985,9 +996,8 @@ def train(
 
 def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of a log and their records; a last line that a kill cut short is left out."""
-    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield line, json.loads(line)
+    for line in log.read_text(encoding="utf-8").split("\n")[:-1]:
+        yield line + "\n", json.loads(line)
 
 
 def check_same_run(log: Path, header: dict[str, Any]) -> None:
@@ -1013,7 +1023,7 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
 def finished(log: Path) -> dict[str, Any] | None:
     """The best record of a run that has come to its end; None for another."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        *_, (_, last) = read_log(log)
         return last["best"] if last["event"] == "end" else None
     return None
 
@@ -1052,7 +1062,7 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not 0 < value <= high:
             raise InputError(f"{flag(name)} {value}: expected more than 0" + (" and at most 1" if high == 1 else ""))
-    for name, high in (("mask_floor", 0.5), ("distill_weight", 1)):
+    for name, high in (("mask_floor", 0.5), ("distill_weight", 1), ("seed", 2**31)):
         if getattr(settings, name) > high:
             raise InputError(f"{flag(name)} {getattr(settings, name)}: expected at most {high}")
     if settings.warmup > 1:
@@ -1196,6 +1206,11 @@ def run_stage(
     changes = {name: value for name, value in asdict(options).items() if value is not None}
     changes["prune_mode"] = {"finetune": None, "topk": "topk"}.get(stage, "absolute_threshold")
     if stage == "hard":
+        if (options.max_seq_length or config.max_seq_length) != config.max_seq_length:
+            raise InputError(
+                f"--max-length {options.max_seq_length}: the thresholds of {restore} were learned with "
+                f"{config.max_seq_length}, and `hard` keeps it; pass the length to `soft`"
+            )
         changes = {"prune_mode": "absolute_threshold"}  # thresholds and their scale are what soft training left
     check_pruning(config, changes)
     if stage != "finetune" and config.head != source.task.head:
@@ -1215,8 +1230,8 @@ def run_stage(
     check_output(output, overwrite, resume)
     if tensorboard:
         find_tensorboard()  # before anything is read
-    if output.resolve() == Path(restore).resolve():
-        raise InputError(f"--output {output}: is the checkpoint to start from; choose another")
+    if output.resolve() in (Path(restore).resolve(), Path(distill or restore).resolve()):
+        raise InputError(f"--output {output}: is the checkpoint to start from, or the teacher; choose another")
     header = {
         "stage": stage,
         "task": source.task.name,
@@ -1230,11 +1245,12 @@ def run_stage(
         header["columns"] = [source.task.text, source.task.pair, source.task.label]
     best = finished(output / "log.jsonl") if resume else None
     if best:
-        check_same_run(output / "log.jsonl", header | {"settings": asdict(settings)})
+        check_same_run(output / "log.jsonl", header | {"settings": asdict(settings), "precision": process.precision})
         if process.main:
             clear_states(output)  # killed right after its last line
         show("this run has come to its end: nothing to resume")
-        return output, Result(best, best["step"], math.nan)
+        _, first = next(read_log(output / "log.jsonl"))
+        return output, Result(best, first["steps"], math.nan)
     # Fine-tuning may change the classes of your own data; later stages keep those of the checkpoint.
     known = source.task.labels if stage == "finetune" else known_labels(source.task, config)
     train_sets, labels = load_sets(source, "train", tokenizer, max_length, known)
@@ -1526,7 +1542,7 @@ class Predictor:
             texts = [record.get(key) for key in ("question", "context")] if isinstance(record, dict) else [None]
             if not all(is_text(text) and text.strip() for text in texts):
                 raise InputError(f'{where}: expected an object with "question" and "context"')
-            questions.append(Question(str(i), *texts, ()))
+            questions.append(Question(str(i), texts[0].strip(), texts[1], ()))
         windows = make_windows(self.open_tokenizer(), questions, self.max_length)
 
         def finish(found: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:

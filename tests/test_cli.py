@@ -1,6 +1,7 @@
 """The command line: the whole pipeline, the authors' spellings, help, and one clear line for bad input."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -107,6 +108,8 @@ def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_p
     plain = ("--data", demo / "data", "--target-flops", 0.6, "--threshold", 0.01, "--restore", runs / "finetune")
     for stage in ("soft", "manual"):
         assert "pass it or --threshold" in refused(stage, *plain)
+    rate = ("--token-keep-rate", 0.5, "--restore", runs / "finetune")
+    assert "pass it or --token-keep-rate" in refused("topk", *options[:-2], *rate)
     assert "--distill nowhere: no such" in refused("soft", *options, "--distill", "nowhere", "--restore", runs / "soft")
 
 
@@ -289,7 +292,11 @@ def test_bad_input_is_one_line(runs, demo, tmp_path):
     assert "is the checkpoint to start from" in refused(
         "soft", *data, "--restore", runs / "soft", "--output", runs / "soft", "--overwrite"
     )
+    taught = ("--distill", runs / "soft", "--output", runs / "soft", "--overwrite")
+    assert "or the teacher; choose another" in refused("soft", *data, "--restore", runs / "finetune", *taught)
     assert (runs / "soft" / "model.safetensors").read_bytes() == before
+    assert "`hard` keeps it" in refused("hard", *data, "--restore", runs / "soft", "--max-length", 20)
+    assert "expected at most 2147483648" in refused("finetune", *data, *model, "--seed", 10**20)
     assert "no column 'words'" in refused(
         "finetune", *data, *model, "--text-column", "words", "--output", tmp_path / "o"
     )
@@ -334,6 +341,19 @@ def test_bad_prediction_input_names_the_line_and_leaves_the_old_output(runs, tmp
     )
     assert "line 2" in error and message in error
     assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_output_goes_through_links_and_into_pipes(runs, demo, tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "file").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "pipe"):
+        run("eval", "--data", demo / "data", "--restore", runs / "soft", "--json", tmp_path / name)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
+    told = (tmp_path / "file").read_text(), os.read(reader, 2**16).decode()
+    os.close(reader)
+    assert len({json.loads(text)["score"] for text in told}) == 1 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_cut_prediction_is_counted(runs):

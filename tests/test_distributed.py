@@ -90,6 +90,8 @@ def test_three_processes_evaluate_like_one(demo, finetuned, tmp_path):
         launch(
             processes, "eval", "--data", demo / "data", "--restore", finetuned, "--json", tmp_path / f"{processes}.json"
         )
+    answered = launch(3, "predict", "--restore", finetuned, "a road was excellent .").stdout
+    assert answered.count("logits") == 1
     one, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "13")
     for key in ("metrics", "score", "examples", "relative_flops", "kept"):
         assert one[key] == three[key]

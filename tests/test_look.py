@@ -244,6 +244,12 @@ def test_plots(runs, demo, tmp_path):
     assert header.startswith(b"\x89PNG") and int.from_bytes(header[16:20], "big") > 1000
 
 
+def test_answers_may_hold_any_character(tmp_path):
+    answer = {"words": ["a\u2028b\x85"], "tokens": 4, "kept": [3, 2]}
+    (tmp_path / "answers.jsonl").write_text(2 * (json.dumps(answer, ensure_ascii=False) + "\n"), encoding="utf-8")
+    assert read_runs([tmp_path / "answers.jsonl"])[0].lengths.tolist() == [4, 4]
+
+
 def test_plots_show_the_logs_numbers(runs):
     pytest.importorskip("matplotlib")
     from look import plot_curves, plot_kept, plot_lengths, plot_tradeoff

@@ -135,7 +135,7 @@ def test_what_a_kill_left_half_written_is_removed(demo, start, straight, tmp_pat
     same(tmp_path, straight)
     (tmp_path / STATES).mkdir()
     (tmp_path / STATES / "notes.txt").write_text("the user's own")
-    train(demo, start, tmp_path)
+    assert train(demo, start, tmp_path)[1].steps == STEPS
     assert (tmp_path / STATES / "notes.txt").exists()
 
 
@@ -211,6 +211,15 @@ def kill_at_random_moments(demo, start, tmp_path, kills: int) -> None:
 
 def test_killed_at_random_moments(demo, start, tmp_path):
     kill_at_random_moments(demo, start, tmp_path, 2)
+
+
+def test_a_model_that_is_no_run_is_not_resumed(demo, start, tmp_path):
+    shutil.copytree(start, tmp_path / "own")
+    with pytest.raises(InputError, match="holds config.json, but no run to resume"):
+        train(demo, start, tmp_path / "own")
+    assert {p.name: p.read_bytes() for p in start.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "own").iterdir()
+    }
 
 
 @pytest.mark.slow

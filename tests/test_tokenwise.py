@@ -328,7 +328,8 @@ def test_predictions_of_questions_agree_with_the_n_best_and_with_predict(trained
         wanted = "" if best["no_answer_score"] > 0 else best["answers"][0]["text"]
         assert kept["texts"][question.id] == wanted
     predictor = Predictor(dense, Process(), 4, None, False, no_answer_threshold=0.0)
-    records = [("line", {"question": q.question, "context": q.context}) for q in questions]
+    # Blanks around a question are no part of it.
+    records = [("line", {"question": f" {q.question} ", "context": q.context}) for q in questions]
     answers = predictor.answer(records)
     assert [a["answer"] for a in answers] == list(kept["texts"].values())
     for question, answer in zip(questions, answers):
