@@ -176,6 +176,11 @@ class Task:
     def regression(self) -> bool:
         return self.labels == ()
 
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name if self.name != "custom" else "--tagging" if self.head == "token" else "your own data"
+
 
 _ENTAILMENT = ("entailment", "not_entailment")
 GLUE = {

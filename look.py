@@ -73,9 +73,9 @@ def answer(output: Any, config: Config, finish: Callable) -> dict[str, Any]:
     logits = logits[0] if config.head == "sequence" else logits
     (found,) = finish([(logits, output.kept[:, 0].tolist())])
     if config.head == "span":
-        return {"label": found["answer"] or "no answer"}
+        return {"label": f"“{found['answer']}”" if found["answer"] else "no answer"}
     if config.head == "token":
-        tagged = [f"{word} {label}" for word, label in zip(found["words"], found["labels"]) if label != "O"]
+        tagged = [f"{word} {label}" for word, label in zip(found["words"], found["labels"]) if label not in ("O", None)]
         return {"label": ", ".join(tagged) or "no tags"}
     if len(config.labels) == 1:
         return {"label": config.labels[0], "score": found["label"]}
@@ -178,6 +178,7 @@ class Run(NamedTuple):
     lengths: np.ndarray | None = None  # (N,) tokens of each text of a `predict` file ...
     kept: np.ndarray | None = None  # ... and (N, L) those leaving each layer
     cells: list[dict[str, Any]] | None = None  # of a sweep, the record of each model
+    task: str | None = None  # of `evaluations`
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -199,13 +200,13 @@ def read_run(path: Path, name: str) -> Run:
             if not evaluations or not all(needed <= set(record) for record in evaluations):
                 raise InputError(f"{path}: holds no evaluation yet; train on, or leave it out")
             best = [record for record in evaluations if record.get("saved", True)][-1]
-            return Run(name, evaluations, best, records[0].get("thresholds"))
+            return Run(name, evaluations, best, records[0].get("thresholds"), task=records[0].get("task"))
         text = path.read_text(encoding="utf-8")
         first = json.loads(text.split("\n", 1)[0] if text.startswith('{"') else text)
         if "method" in first:
             return Run(name, [], None, cells=read_results(path))
         if needed <= set(first):
-            return Run(name, [first], first)
+            return Run(name, [first], first, task=first.get("task"))
         answers = [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all({"kept", "tokens"} <= set(record) for record in answers):
             raise InputError(f"{path}: neither the result of `eval --json` nor answers of `predict` with their tokens")
@@ -215,7 +216,10 @@ def read_run(path: Path, name: str) -> Run:
         raise InputError(f"{path}: no such file or folder") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else ""
-        raise InputError(f"{path}: not a file of this program ({type(error).__name__}: {reason})") from None
+        raise InputError(
+            f"{path}: not what `plot` reads, a run's or a sweep's folder or a file of `eval --json` or `predict` "
+            f"({type(error).__name__}: {reason})"
+        ) from None
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
@@ -366,6 +370,9 @@ def plot_lengths(runs: list[Run]) -> Any:
 def plot_tradeoff(runs: list[Run]) -> Any:
     """The task's first metric that all runs have, against relative FLOPs; an accuracy with its standard error."""
     runs = needing(runs, lambda run: run.best, "run folders and results of `eval --json`")
+    tasks = dict.fromkeys(run.task for run in runs if run.task)
+    if len(tasks) > 1:
+        raise InputError(f"this kind of plot compares models on one task, not {' and '.join(tasks)}; plot each apart")
     shared = [name for name in runs[0].best["metrics"] if all(name in run.best["metrics"] for run in runs)]
     metric = shared[0] if shared else "score"
     figure, (panel,) = new_figure()

@@ -123,7 +123,7 @@ def data_options(command: Any) -> Any:
                 type=click.Path(path_type=Path),
                 metavar="PATH",
                 help="A folder with train.* and dev.* (GLUE's TSV, or .csv, .tsv, .jsonl, .parquet), or one file. "
-                "A file of SQuAD is .json. [default: the hub's]",
+                "Of SQuAD .json, of --tagging .conll, too.  [default: the hub's]",
             ),
             click.option(
                 "--dev-data",
@@ -138,7 +138,8 @@ def data_options(command: Any) -> Any:
             click.option(
                 "--tagging",
                 is_flag=True,
-                help='Your data are tagged words: CoNLL files, or JSONL with lists, {"words": […], "labels": […]}.',
+                help='Your data are tagged words: CoNLL files, or JSONL or Parquet with lists, {"words": […], "labels": '
+                "[…]}.",
             ),
             click.option(
                 "--max-length",
@@ -407,6 +408,22 @@ def make_source(given: dict[str, Any]) -> Any:
     return Source(custom_task(*columns, given["regression"], given["tagging"]), given["data"], given["dev_data"])
 
 
+def check_files(given: dict[str, Any], *names: str) -> None:
+    """Raises InputError for an output option that names a file of the data, or that of another."""
+    data = given["data"]
+    taken = {path.resolve(): "one of the data" for path in (data, given["dev_data"]) if path}
+    if data and data.is_dir():
+        taken |= {path.resolve(): "one of the data" for name in ("train", "dev") for path in data.glob(f"{name}*.*")}
+    for name in names:
+        option = "--" + name.removesuffix("_file")
+        if given[name] is None:
+            continue
+        place = given[name].resolve()
+        if place in taken:
+            raise InputError(f"{option} {given[name]}: is {taken[place]}; choose another file")
+        taken[place] = f"that of {option}, too"
+
+
 @main.command("eval")
 @restore_option
 @data_options
@@ -432,7 +449,8 @@ def make_source(given: dict[str, Any]) -> Any:
     "--nbest",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="SQuAD: write each question's best answers with their places and scores.",
+    help='SQuAD: write each question\'s best answers with their places, scores and probabilities (beside "no answer"), and '
+    'no_answer_score, by how much "no answer" scores better than the best.',
 )
 @machine_options
 def eval_command(**given: Any) -> None:
@@ -443,14 +461,17 @@ def eval_command(**given: Any) -> None:
 
     FLOPs are the encoder layers' (embeddings and head are not counted), 2 per multiply-accumulate, by the formula
     4·D²·n_in + 2·D·n_in² + 2·D·F·n_out per layer, n_in before and n_out after pruning.
+
+    Of SQuAD 2.0, best_f1 is reached with best_f1_threshold as the --no-answer-threshold of `predict`.
     """
     source = make_source(given)
+    check_files(given, "json_file", "predictions", "nbest")
     from model import find_model, write_file
     from train import evaluate_checkpoint, start_process
 
     if (given["predictions"] or given["nbest"]) and source.task.head != "span":
         raise InputError(
-            f"--predictions and --nbest are for questions on texts, which {source.task.name} does not have"
+            f"--predictions and --nbest are for questions on texts, which {source.task.title} does not have"
         )
     process = start_process(given["device"], given["precision"], given["threads"])
     show = (lambda line: click.echo(line, err=True)) if process.main else quiet
@@ -532,6 +553,7 @@ def bench(**given: Any) -> None:
     if lengths and min(lengths) < 1:
         raise click.UsageError(f"--lengths {given['lengths']}: expected whole numbers of at least 1, with commas")
     source = None if lengths else make_source(given)
+    check_files(given, "json_file")
     from card import add_speed, check_card
     from model import find_model, write_file
     from train import bench_checkpoint, start_process
@@ -570,7 +592,7 @@ def bench(**given: Any) -> None:
     metavar="FILE",
     type=click.Path(path_type=Path),
     help='JSON lines {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}; {"words": […]} of a tagger; '
-    '{"question": …, "context": …}.',
+    '{"question": …, "context": …}. Any may have an "id", which its answer repeats.',
 )
 @click.option(
     "--output",
@@ -585,8 +607,8 @@ def bench(**given: Any) -> None:
     "--no-answer-threshold",
     type=float,
     metavar="T",
-    help="Questions: answer nothing where no_answer_score is above T; 0 takes what is likelier.  "
-    "[default: always answer]",
+    help="Questions: answer nothing where no_answer_score is above T; 0 takes what is likelier, `eval` tells the best for "
+    "its data.  [default: always answer]",
 )
 @click.option(
     "--max-length",
@@ -605,8 +627,13 @@ def predict(text: str | None, **given: Any) -> None:
     python ltp.py predict --restore CKPT --input texts.jsonl --output answers.jsonl
     python ltp.py predict --restore CKPT_of_SQuAD "Who wrote it?" --pair "It was written by Ada Berg in 1912."
 
-    An answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}; of a tagger {"words",
-    "labels", …}; of a question {"answer", "start", "end", "score", "no_answer_score", …}, places in characters.
+    An answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}.
+
+    Of a tagger it is {"words", "labels", …}. The words of a TEXT stand between blanks; {"words": […]} says them itself.
+    Words beyond --max-length are not read, and their label is null.
+
+    Of a question it is {"answer", "start", "end", "score", "no_answer_score", "windows", …}, places in characters,
+    no_answer_score by how much "no answer" scores better, tokens and kept those of all windows together.
     """
     if (text is None) == (given["input_file"] is None):
         raise click.UsageError("pass either TEXT or --input FILE")
@@ -653,6 +680,9 @@ def make_record(restore: str, head: str, text: str, pair: str | None) -> dict[st
         raise InputError(f"{restore}: asks for --pair, the text to find the answer in")
     if head == "token" and pair is not None:
         raise InputError(f"{restore}: tags one text; omit --pair")
+    for name, given in (("TEXT", text), ("--pair", pair)):
+        if head != "sequence" and given is not None and not given.strip():
+            raise InputError(f"{name}: is empty, and {restore} needs some text there")
     if head == "span":
         return {"question": text, "context": pair}
     return {"text": text} if pair is None else {"text": text, "text_pair": pair}
@@ -693,6 +723,9 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
     Survivors are the stronger coloured the more attention they receive, dropped tokens are dimmed (dots, where the
     output has no colours). FLOPs are a layer's, relative to the dense model's.
     """
+    file = given["html_file"]
+    if file and file.is_file() and not file.read_bytes()[:15].lower().startswith(b"<!doctype html"):
+        raise InputError(f"--html {file}: exists and is no page; choose another file")
     if pairs and len(pairs) != len(texts):
         raise click.UsageError(f"{len(texts)} TEXT and {len(pairs)} --pair: pass one --pair for each TEXT, or none")
     from look import examine, page

@@ -86,7 +86,8 @@ def _read_articles(path: Path) -> Iterator[tuple[str, dict]]:
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}); a file with one question a line is named .jsonl") from None
+        hint = "; a file with one question a line is named .jsonl" * str(error).startswith("Extra data")
+        raise InputError(f"{path}: not JSON ({error}){hint}") from None
     for article_place, article in _each(str(path), content, "data", "article"):
         for paragraph_place, paragraph in _each(article_place, article, "paragraphs", "paragraph"):
             for place, question in _each(paragraph_place, paragraph, "qas", "question"):
@@ -137,6 +138,8 @@ def _question(place: str, record: dict) -> Question:
                 f"{context[max(given, 0) :][: len(text) + 10]!r}; correct answer_start, or leave the answer out"
             )
         found.append((text, start))
+    if not found and record.get("is_impossible") is False:
+        raise InputError(f"{place}: 'answers' is missing or empty, though is_impossible is false; correct one of them")
     return Question(name, question.strip(), context, tuple(found))
 
 

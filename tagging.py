@@ -247,20 +247,23 @@ class TaggedExamples(Examples):
         return int(self.labels[indices].sum())
 
     def judge(self, metric: str, logits: list[np.ndarray]) -> tuple[dict[str, float], float]:
-        """Metrics of `entity_metrics`; the score is the F1 of entities where labels name any, else the accuracy."""
+        """Metrics of `entity_metrics`; the score is the F1 of entities where labels name any, else the accuracy.
+
+        Words that were cut off count as "O", or as the first label where there is no "O".
+        """
         gold, predicted = [], []
         for (first, labels), row in zip(read_columns(self.table, "first", "labels"), logits):
             gold.append(labels)
-            predicted.append(best_labels(row, first, self.names, len(labels)))
+            found = best_labels(row, first, self.names)
+            unread = "O" if "O" in self.names else self.names[0]
+            predicted.append(found + [unread] * (len(labels) - len(found)))
         metrics = entity_metrics(gold, predicted)
         return metrics, metrics.get("f1", 0.0) if has_entities(self.names) else metrics["accuracy"]
 
 
-def best_labels(logits: np.ndarray, first: list[int], names: tuple[str, ...], words: int) -> list[str]:
-    """The label of each word of a sentence, logits (n, C); words that were cut off get "O", or the first label where
-    there is no "O"."""
-    found = [names[i] for i in logits[first].argmax(1)]
-    return found + ["O" if "O" in names else names[0]] * (words - len(found))
+def best_labels(logits: np.ndarray, first: list[int], names: tuple[str, ...]) -> list[str]:
+    """The label of each word of a sentence that was not cut off, logits (n, C)."""
+    return [names[i] for i in logits[first].argmax(1)]
 
 
 def load_sentences(
@@ -276,7 +279,12 @@ def load_sentences(
 
     task = source.task
     check_room(tokenizer, max_length)
-    ((place, identity, sentences),) = source.rows(split, lambda path: read_tagged(path, task.text, task.label)).values()
+
+    def read() -> tuple[str, str, Iterator[Sentence]]:
+        (found,) = source.rows(split, lambda path: read_tagged(path, task.text, task.label)).values()
+        return found
+
+    place, identity, sentences = read()
     numbers = datasets.List(datasets.Value("int32"))
     features = {
         "token_ids": numbers,
@@ -301,7 +309,8 @@ def load_sentences(
     found = pc.unique(pc.list_flatten(table.data.column("labels").combine_chunks())).to_pylist()
     unknown = [label for label in found if labels is not None and label not in labels]
     if unknown:
-        raise InputError(f"{place}: the label {unknown[0]!r} is none of the model's, {', '.join(labels)}")
+        line = next(sentence.line for sentence in read()[2] if unknown[0] in sentence.labels)
+        raise InputError(f"{place}, line {line}: the label {unknown[0]!r} is none of the model's, {', '.join(labels)}")
     if labels is None:
         labels = tuple(sorted(found, key=lambda name: (name != "O", *label_order(name))))
         if len(labels) < 2:

@@ -1214,9 +1214,9 @@ def run_stage(
         changes = {"prune_mode": "absolute_threshold"}  # thresholds and their scale are what soft training left
     check_pruning(config, changes)
     if stage != "finetune" and config.head != source.task.head:
-        raise InputError(f"{restore}: has no head for {source.task.name}; run `finetune` on it first")
+        raise InputError(f"{restore}: has no head for {source.task.title}; run `finetune` on it first")
     if options.protect_question is not None and source.task.head != "span":
-        raise InputError(f"--protect-question is for questions on texts, which {source.task.name} does not have")
+        raise InputError(f"--protect-question is for questions on texts, which {source.task.title} does not have")
     asked = options.max_seq_length
     if stage == "finetune" and not asked and "max_seq_length" not in config.other:
         asked = min(source.task.max_length, config.max_tokens)
@@ -1360,12 +1360,13 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...] | No
     """The labels that a checkpoint and a task agree on. Raises: InputError if they do not."""
     labels = config.labels if task.labels is None else task.labels
     if config.head != task.head:
-        kinds = {"sequence": "classifies texts", "token": "tags words", "span": "finds answers in a text"}
-        raise InputError(f"{folder}: {kinds[config.head]}, which is another kind of task than {task.name}")
+        kinds = {"token": "tags words (--tagging)", "span": "finds answers in a text (--task SQuAD or SQuAD2)"}
+        kind = kinds.get(config.head, "classifies texts")
+        raise InputError(f"{folder}: {kind}, which is another kind of task than {task.title}")
     if max(1, len(labels)) != len(config.labels):
         hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
         raise InputError(
-            f"{folder}: has {plural(len(config.labels), 'output')}, but {task.name} needs {max(1, len(labels))}; "
+            f"{folder}: has {plural(len(config.labels), 'output')}, but {task.title} needs {max(1, len(labels))}; "
             f"evaluate the checkpoint of a run on this task{hint}"
         )
     return labels
@@ -1489,9 +1490,10 @@ class Predictor:
         return found
 
     def answer(self, records: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-        """Answers in the records' order. Raises: InputError naming the record."""
+        """Answers in the records' order, with the "id" of records that have one. Raises: InputError naming the record."""
         encoded, finish = self.prepare(records)
-        return finish(self.run(encoded))
+        names = [{"id": record["id"]} if "id" in record else {} for _, record in records]
+        return [name | answer for name, answer in zip(names, finish(self.run(encoded)))]
 
     def prepare(self, records: list[tuple[str, Any]]) -> Prepared:
         """What to `run` for these records, and how to finish their answers. Raises: InputError naming the record."""
@@ -1512,7 +1514,7 @@ class Predictor:
         return encoded, finish
 
     def prepare_sentences(self, records: list[tuple[str, Any]]) -> Prepared:
-        """Labels of words, by `best_labels`."""
+        """Labels of words, None of those that were cut off."""
         sentences = []
         for where, record in records:
             words = record.get("words") if isinstance(record, dict) else None
@@ -1529,7 +1531,8 @@ class Predictor:
         def finish(found: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
             answers = []
             for sentence, result, (logits, kept) in zip(sentences, aligned, found):
-                best = best_labels(logits.numpy(), result.first, labels, len(sentence.words))
+                best = best_labels(logits.numpy(), result.first, labels)
+                best += [None] * (len(sentence.words) - len(best))
                 answers.append({"words": sentence.words, "labels": best, "tokens": len(result.token_ids), "kept": kept})
             return answers
 
@@ -1555,7 +1558,8 @@ class Predictor:
                 tokens = sum(len(windows[j].token_ids) for j in own)
                 kept = np.sum([found[j][1] for j in own], 0).tolist()
                 null = {"no_answer_score": no_answer if best else None}
-                answers.append({"answer": text, **place, **null, "tokens": tokens, "kept": kept})
+                counts = {"windows": len(own), "tokens": tokens, "kept": kept}
+                answers.append({"answer": text, **place, **null, **counts})
             return answers
 
         return [(window.token_ids, window.segment_ids) for window in windows], finish

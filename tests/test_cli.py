@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -341,6 +342,22 @@ def test_bad_prediction_input_names_the_line_and_leaves_the_old_output(runs, tmp
     )
     assert "line 2" in error and message in error
     assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_output_replaces_the_data(runs, demo, tmp_path):
+    shutil.copytree(demo / "data", tmp_path / "data")
+    for name, options in (("train.jsonl", ()), ("dev.jsonl", ()), ("other", ("--dev-data", tmp_path / "other"))):
+        file = tmp_path / ("data" if name != "other" else "") / name
+        before = file.read_bytes() if file.exists() else None
+        words = ("--data", tmp_path / "data", "--restore", runs / "soft", *options, "--json", file)
+        for command in ("eval", "bench"):
+            assert "is one of the data; choose another file" in refused(command, *words)
+        assert before == (file.read_bytes() if file.exists() else None)
+    words = ("--task", "SQuAD", "--data", tmp_path, "--restore", runs / "soft", "--nbest", "x", "--predictions", "x")
+    assert "--nbest x: is that of --predictions, too" in refused("eval", *words)
+    (tmp_path / "notes").write_text("mine")
+    assert "exists and is no page" in refused("inspect", "--restore", runs / "soft", "--html", tmp_path / "notes", "a")
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_output_goes_through_links_and_into_pipes(runs, demo, tmp_path):

@@ -250,6 +250,15 @@ def test_answers_may_hold_any_character(tmp_path):
     assert read_runs([tmp_path / "answers.jsonl"])[0].lengths.tolist() == [4, 4]
 
 
+def test_a_trade_off_is_of_one_task(runs):
+    pytest.importorskip("matplotlib")
+    from look import plot_tradeoff
+
+    soft, dense = read_runs([runs / "soft", runs / "dense"])
+    with pytest.raises(InputError, match="not MRPC and custom"):
+        plot_tradeoff([soft._replace(task="MRPC"), dense])
+
+
 def test_plots_show_the_logs_numbers(runs):
     pytest.importorskip("matplotlib")
     from look import plot_curves, plot_kept, plot_lengths, plot_tradeoff

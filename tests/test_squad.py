@@ -142,6 +142,7 @@ def row(**changes) -> bytes:
         ("x.json", b"[" * 100_000, "not JSON"),
         ("x.json", row() + b"\n" + row(id="b"), "not JSON.*one question a line is named .jsonl"),
         ("x.json", b'"\xff"', "not UTF-8"),
+        ("x.jsonl", row(answers=None, is_impossible=False), "'answers' is missing or empty, though is_impossible"),
         ("x.json", b"[]", "'data' is missing or not a list"),
         ("x.json", b'{"data": []}', "holds no questions"),
         ("x.json", b'{"data": [5]}', "article 1: expected a JSON object"),

@@ -335,6 +335,9 @@ def test_predictions_of_questions_agree_with_the_n_best_and_with_predict(trained
     for question, answer in zip(questions, answers):
         assert not answer["answer"] or question.context[answer["start"] : answer["end"]] == answer["answer"]
         assert len(answer["kept"]) == 4
+    several = predictor.answer([("line", {"id": 7, "question": "Who?", "context": "Ada wrote it. " * 60})])[0]
+    single = predictor.answer([("line", {"question": "Who?", "context": "Ada."})])[0]
+    assert several["id"] == 7 and several["windows"] > 1 and single["windows"] == 1 and "id" not in single
     with pytest.raises(InputError, match='line: expected an object with "question" and "context"'):
         predictor.answer([("line", {"text": "where"})])
 
@@ -351,7 +354,8 @@ def test_tags_of_predict_are_those_of_eval(trained):
     assert evaluation.metrics["accuracy"] == pytest.approx(sum(right) / len(right))
     assert predictor.answer([("line", {"text": " ".join(sentences[0].words)})]) == answers[:1]
     cut = Predictor(dense, Process(), 4, 10, False).answer([("line", {"words": sentences[0].words})])[0]
-    assert len(cut["labels"]) == len(sentences[0].words) and cut["labels"][-1] == "O" and cut["tokens"] == 10
+    read = sum(label is not None for label in cut["labels"])  # words that were cut off have no label
+    assert cut["tokens"] == 10 and cut["labels"] == answers[0]["labels"][:read] + [None] * (len(cut["words"]) - read)
     with pytest.raises(InputError, match='line: expected an object with "words"'):
         predictor.answer([("line", {"words": []})])
 
@@ -374,12 +378,14 @@ def test_inspect_shows_the_answers_of_predict(trained, tmp_path):
     run("inspect", "--restore", tmp_path / "hard", *text, "--html", tmp_path / "p.html")
     data = re.search(r'id="data">(.*?)</script>', (tmp_path / "p.html").read_text(), re.DOTALL)[1]
     (example,) = json.loads(data)["examples"]
-    assert example["pruned"]["label"] == (label or ("no answer" if "answer" in found else "no tags"))
+    assert example["pruned"]["label"] == (f"“{label}”" if "answer" in found else label or "no tags")
     assert [len(layer["alive"]) for layer in example["layers"]] == found["kept"] and found["kept"][-1] < found["tokens"]
     assert "relative FLOPs" in run("inspect", "--restore", tmp_path / "hard", *text).stdout
     assert "no token is dropped" in run("inspect", "--restore", folder, *text).stdout
     if source.task.head == "span":
         assert "asks for --pair" in refused("inspect", "--restore", folder, "Who?")
+        assert "--pair: is empty" in refused("predict", "--restore", folder, "Who?", "--pair", " ")
+        assert "--pair: is empty" in refused("inspect", "--restore", folder, "Who?", "--pair", "")
         assert "windows of 60 tokens" in refused(
             "inspect", "--restore", folder, "Who?", "--pair", "Ada wrote it. " * 60
         )
@@ -393,7 +399,7 @@ def test_unknown_tags_and_teachers_of_other_tags_are_refused(trained, tmp_path):
         text = (source.path / f"{name}.conll").read_text().replace("PER", "WHO")
         (tmp_path / f"{name}.conll").write_text(text)
     other = replace(source, path=tmp_path)
-    with pytest.raises(InputError, match="the label '[BI]-WHO' is none of the model's, O, B-"):
+    with pytest.raises(InputError, match="dev.conll, line [0-9]+: the label '[BI]-WHO' is none of the model's, O, B-"):
         evaluate_checkpoint(dense, other, Process())
     settings = Settings(epochs=1, batch_size=16)
     run_stage("finetune", dense, other, settings, output=tmp_path / "other")
@@ -459,7 +465,7 @@ def test_labels_that_differ_in_case_keep_their_rows(tmp_path):
 
 def test_another_kind_of_task_is_refused(trained, demo):
     source, dense = trained
-    with pytest.raises(InputError, match="another kind of task than custom"):
+    with pytest.raises(InputError, match="another kind of task than your own data"):
         evaluate_checkpoint(dense, Source(custom_task(None, None, None, False), demo / "data"), Process())
 
 
