@@ -5,6 +5,7 @@ Only the standard library is imported at the top: the command line shows tasks a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -605,6 +606,15 @@ class Source:
             stat = path.stat() if path.exists() else None
             identity = f"{path.resolve()} {columns} {stat and (stat.st_size, stat.st_mtime_ns)}"
             found[suffix] = (str(path), identity, read(path) if read else read_rows(path, columns))
+        return found
+
+    def files(self) -> list[Path]:
+        """The local files that are read, of those that are there."""
+        parts = (("train", "train"), *(("eval", name) for _, name, _ in self.task.dev)) if self.path else ()
+        found = []
+        for split, name in parts:
+            with contextlib.suppress(InputError):
+                found.append(self._file(split, name))
         return found
 
     def _file(self, split: str, name: str) -> Path:

@@ -372,7 +372,8 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     runs = needing(runs, lambda run: run.best, "run folders and results of `eval --json`")
     tasks = dict.fromkeys(run.task for run in runs if run.task)
     if len(tasks) > 1:
-        raise InputError(f"this kind of plot compares models on one task, not {' and '.join(tasks)}; plot each apart")
+        names = " and ".join("your own data" if task == "custom" else task for task in tasks)
+        raise InputError(f"this kind of plot compares models on one task, not on {names}; plot each apart")
     shared = [name for name in runs[0].best["metrics"] if all(name in run.best["metrics"] for run in runs)]
     metric = shared[0] if shared else "score"
     figure, (panel,) = new_figure()

@@ -122,8 +122,8 @@ def data_options(command: Any) -> Any:
                 "--data",
                 type=click.Path(path_type=Path),
                 metavar="PATH",
-                help="A folder with train.* and dev.* (GLUE's TSV, or .csv, .tsv, .jsonl, .parquet), or one file. "
-                "Of SQuAD .json, of --tagging .conll, too.  [default: the hub's]",
+                help="A folder with train.* and dev.*, or one file: GLUE's TSV, .csv, .tsv, .jsonl or .parquet, of SQuAD "
+                "also .json, for --tagging also .conll.  [default: the hub's]",
             ),
             click.option(
                 "--dev-data",
@@ -245,7 +245,8 @@ MAX_TOKENS = click.option(
 DISTILL = click.option(
     "--distill",
     metavar="CKPT",
-    help="Learn from the answers of this model too, usually the unpruned fine-tuned one.",
+    help="Learn from the answers of this model too, usually the unpruned fine-tuned one. They are kept in the cache of "
+    "`datasets`, as answers-*.safetensors.",
 )
 
 
@@ -408,20 +409,14 @@ def make_source(given: dict[str, Any]) -> Any:
     return Source(custom_task(*columns, given["regression"], given["tagging"]), given["data"], given["dev_data"])
 
 
-def check_files(given: dict[str, Any], *names: str) -> None:
-    """Raises InputError for an output option that names a file of the data, or that of another."""
-    data = given["data"]
-    taken = {path.resolve(): "one of the data" for path in (data, given["dev_data"]) if path}
-    if data and data.is_dir():
-        taken |= {path.resolve(): "one of the data" for name in ("train", "dev") for path in data.glob(f"{name}*.*")}
-    for name in names:
-        option = "--" + name.removesuffix("_file")
-        if given[name] is None:
-            continue
-        place = given[name].resolve()
-        if place in taken:
-            raise InputError(f"{option} {given[name]}: is {taken[place]}; choose another file")
-        taken[place] = f"that of {option}, too"
+def check_files(source: Any, **files: Path | None) -> None:
+    """Raises InputError for an output, by the name of its option, that is a file of the data, or another output."""
+    taken = {path.resolve(): "one of the data" for path in source.files()} if source else {}
+    for name, file in files.items():
+        if file is not None:
+            if file.resolve() in taken:
+                raise InputError(f"--{name} {file}: is {taken[file.resolve()]}; choose another file")
+            taken[file.resolve()] = f"that of --{name}, too"
 
 
 @main.command("eval")
@@ -449,8 +444,8 @@ def check_files(given: dict[str, Any], *names: str) -> None:
     "--nbest",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help='SQuAD: write each question\'s best answers with their places, scores and probabilities (beside "no answer"), and '
-    'no_answer_score, by how much "no answer" scores better than the best.',
+    help="SQuAD: write each question's best answers with their places, scores and probabilities (among these and \"no "
+    'answer"), and no_answer_score: how much better "no answer" scores than the best of them.',
 )
 @machine_options
 def eval_command(**given: Any) -> None:
@@ -465,7 +460,7 @@ def eval_command(**given: Any) -> None:
     Of SQuAD 2.0, best_f1 is reached with best_f1_threshold as the --no-answer-threshold of `predict`.
     """
     source = make_source(given)
-    check_files(given, "json_file", "predictions", "nbest")
+    check_files(source, json=given["json_file"], predictions=given["predictions"], nbest=given["nbest"])
     from model import find_model, write_file
     from train import evaluate_checkpoint, start_process
 
@@ -553,7 +548,7 @@ def bench(**given: Any) -> None:
     if lengths and min(lengths) < 1:
         raise click.UsageError(f"--lengths {given['lengths']}: expected whole numbers of at least 1, with commas")
     source = None if lengths else make_source(given)
-    check_files(given, "json_file")
+    check_files(source, json=given["json_file"])
     from card import add_speed, check_card
     from model import find_model, write_file
     from train import bench_checkpoint, start_process
@@ -632,8 +627,8 @@ def predict(text: str | None, **given: Any) -> None:
     Of a tagger it is {"words", "labels", …}. The words of a TEXT stand between blanks; {"words": […]} says them itself.
     Words beyond --max-length are not read, and their label is null.
 
-    Of a question it is {"answer", "start", "end", "score", "no_answer_score", "windows", …}, places in characters,
-    no_answer_score by how much "no answer" scores better, tokens and kept those of all windows together.
+    Of a question it is {"answer", "start", "end", "score", "no_answer_score", "windows", …}. Places are in characters,
+    no_answer_score is how much better "no answer" scores, tokens and kept are summed over the windows.
     """
     if (text is None) == (given["input_file"] is None):
         raise click.UsageError("pass either TEXT or --input FILE")
@@ -724,8 +719,10 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **given: Any) -> Non
     output has no colours). FLOPs are a layer's, relative to the dense model's.
     """
     file = given["html_file"]
-    if file and file.is_file() and not file.read_bytes()[:15].lower().startswith(b"<!doctype html"):
-        raise InputError(f"--html {file}: exists and is no page; choose another file")
+    if file and file.is_file() and file.stat().st_size:
+        with open(file, "rb") as old:
+            if old.read(14).lower() != b"<!doctype html":
+                raise InputError(f"--html {file}: exists and is no page; choose another file")
     if pairs and len(pairs) != len(texts):
         raise click.UsageError(f"{len(texts)} TEXT and {len(pairs)} --pair: pass one --pair for each TEXT, or none")
     from look import examine, page
@@ -893,8 +890,8 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
     frontier   accuracy against relative FLOPs by method, a panel a task      folders of sweeps, or their results.jsonl
 
     \b
-    python ltp.py plot --output curves.svg m/soft
-    python ltp.py plot --output tradeoff.png m/dense m/hard m/topk m/manual
+    python ltp.py plot --output curves.svg demo/soft
+    python ltp.py plot --output tradeoff.png demo/finetune demo/hard demo/topk demo/manual
 
     Needs matplotlib.
     """

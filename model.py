@@ -1081,13 +1081,18 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Through a link, into the file that it names; into a device or a pipe directly. Raises: InputError.
     """
+    if path.is_file() and path.absolute().parts[1] in (
+        "dev",
+        "proc",
+    ):  # such as /dev/stdout, with output going to a file
+        raise InputError(f"{path}: is a file that is open already; name another")
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             write(path)
             return
-        path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
     except OSError as error:
         raise InputError(f"{path}: could not be written ({error})") from None
     os.close(handle)
@@ -1098,7 +1103,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         os.chmod(beside, 0o666 & ~umask)  # mkstemp's files are private
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(beside, place)
     except (OSError, SafetensorError) as error:  # a full disk, most of the time
         raise InputError(f"{path}: could not be written ({error}); what was there before is untouched") from None
     finally:

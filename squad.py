@@ -39,9 +39,10 @@ def read_squad(path: Path) -> Iterator[Question]:
     """Yields the questions of a file: SQuAD's own .json (1.1 or 2.0), or .jsonl or .parquet with one question a row.
 
     Rows have the hub's columns: id, question, context, answers {"text": [...], "answer_start": [...]}. Answers may be
-    missing. Whether a question has an answer is read from its answers; plausible answers are not looked at.
+    missing, unless is_impossible is false. Whether a question has an answer is read from its answers; plausible answers are
+    not looked at.
     Raises: InputError naming file and place for a file that is missing, empty, damaged, not UTF-8 or of another layout,
-    a question or context without text, an id that occurs twice, an answer that is not where it is said to be.
+    a question or context without text, an id that occurs twice, an answer that is missing or not where it is said to be.
     """
     readers = {".json": _read_articles, ".jsonl": _read_lines, ".parquet": _read_table}
     suffix = path.suffix.lower()

@@ -142,11 +142,14 @@ def run_sweep(
     """
     results = output / "results.jsonl"
     rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
-    begun = {"folder": str(restore), "task": source.task.name, "data": str(source.path)}
+    begun = {"folder": str(restore), "task": source.task.name, "data": source.path and str(source.path)}
+    begun |= {"dev_data": source.dev_path and str(source.dev_path), "precision": process.precision}
     for name, value in begun.items():
         found = rows.get("dense", {}).get(name, value)
         if found != value:
-            raise InputError(f"{results}: the sweep there is of {found}, not {value}; choose another --output")
+            raise InputError(
+                f"{results}: the sweep there was begun with {name} = {found}, not {value}; choose another --output"
+            )
     config, max_length = load_config(restore), common.get("max_seq_length")
     if "topk" in methods:
         check_pruning(config, {"prune_mode": "topk"})

@@ -252,10 +252,10 @@ class TaggedExamples(Examples):
         Words that were cut off count as "O", or as the first label where there is no "O".
         """
         gold, predicted = [], []
+        unread = "O" if "O" in self.names else self.names[0]
         for (first, labels), row in zip(read_columns(self.table, "first", "labels"), logits):
             gold.append(labels)
             found = best_labels(row, first, self.names)
-            unread = "O" if "O" in self.names else self.names[0]
             predicted.append(found + [unread] * (len(labels) - len(found)))
         metrics = entity_metrics(gold, predicted)
         return metrics, metrics.get("f1", 0.0) if has_entities(self.names) else metrics["accuracy"]

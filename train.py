@@ -661,15 +661,17 @@ def check_output(folder: Path, overwrite: bool, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: is a file; name a folder")
     held = [name for name in RUN_FILES if (folder / name).exists()]
-    if resume and (folder / "log.jsonl").exists() or overwrite:  # a run begins with its log
+    is_run = (folder / "log.jsonl").exists()  # a run begins with its log
+    if not held or overwrite or resume and is_run:
         return
-    if resume and held:
-        raise InputError(f"--output {folder}: holds {held[0]}, but no run to resume; choose another folder")
-    if held:
+    if not is_run:
         raise InputError(
-            f"--output {folder}: already holds a run ({held[0]}); choose another, or pass --resume to go on with it or "
-            "--overwrite to replace it"
+            f"--output {folder}: holds {held[0]} and is no run to resume; choose another, or pass --overwrite to replace it"
         )
+    raise InputError(
+        f"--output {folder}: already holds a run; choose another, or pass --resume to go on with it or --overwrite to "
+        "replace it"
+    )
 
 
 def clear_output(folder: Path) -> None:
@@ -1221,7 +1223,7 @@ def run_stage(
     if stage == "finetune" and not asked and "max_seq_length" not in config.other:
         asked = min(source.task.max_length, config.max_tokens)
     max_length = length_limit(config, restore, asked)
-    changes |= {"head": source.task.head} | ({"max_seq_length": asked} if asked and stage != "hard" else {})
+    changes |= {"head": source.task.head} | ({"max_seq_length": asked} if asked else {})
 
     tokenizer = Tokenizer(restore)
     tokenizer.check_fits(config.vocab_size, restore)
@@ -1360,9 +1362,12 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...] | No
     """The labels that a checkpoint and a task agree on. Raises: InputError if they do not."""
     labels = config.labels if task.labels is None else task.labels
     if config.head != task.head:
-        kinds = {"token": "tags words (--tagging)", "span": "finds answers in a text (--task SQuAD or SQuAD2)"}
-        kind = kinds.get(config.head, "classifies texts")
-        raise InputError(f"{folder}: {kind}, which is another kind of task than {task.title}")
+        kinds = {
+            "sequence": "classifies texts",
+            "token": "tags words (--tagging)",
+            "span": "finds answers in a text (--task SQuAD or SQuAD2)",
+        }
+        raise InputError(f"{folder}: {kinds[config.head]}, which is another kind of task than {task.title}")
     if max(1, len(labels)) != len(config.labels):
         hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
         raise InputError(

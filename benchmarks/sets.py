@@ -82,13 +82,12 @@ def halves(source: Path, output: Path) -> None:
 def names(source: Path, output: Path) -> None:
     """Words that were written with a capital, to be found again in lower case, in CoNLL's layout.
 
-    Neighbouring ones are one NAME. A sentence's first word counts where its text has it nowhere in lower case.
+    Neighbouring ones are one NAME. A sentence's first word counts where its split has it nowhere in lower case.
     """
     for split in ("train", "dev"):
-        (path,) = source.glob(f"{split}*.json")
+        path = source / f"{split}-v2.0.json"
         contexts = dict.fromkeys(question.context for question in read_squad(path))
-        everything = [re.findall(r"\w+|[^\w\s]", context) for context in contexts]
-        small = {word for words in everything for word in words if word.islower()}
+        small = {word for context in contexts for word in re.findall(r"\w+", context) if word.islower()}
         lines = []
         for context in contexts:
             for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", context):

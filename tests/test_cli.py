@@ -346,13 +346,19 @@ def test_bad_prediction_input_names_the_line_and_leaves_the_old_output(runs, tmp
 
 def test_no_output_replaces_the_data(runs, demo, tmp_path):
     shutil.copytree(demo / "data", tmp_path / "data")
-    for name, options in (("train.jsonl", ()), ("dev.jsonl", ()), ("other", ("--dev-data", tmp_path / "other"))):
-        file = tmp_path / ("data" if name != "other" else "") / name
-        before = file.read_bytes() if file.exists() else None
-        words = ("--data", tmp_path / "data", "--restore", runs / "soft", *options, "--json", file)
+    shutil.copy(demo / "data" / "dev.jsonl", tmp_path / "other.jsonl")
+    (tmp_path / "glue" / "RTE").mkdir(parents=True)
+    shutil.copy(demo / "data" / "dev.jsonl", tmp_path / "glue" / "RTE" / "validation.jsonl")
+    for options, file in (
+        (("--data", tmp_path / "data"), "data/train.jsonl"),
+        (("--data", tmp_path / "data"), "data/dev.jsonl"),
+        (("--data", tmp_path / "data", "--dev-data", tmp_path / "other.jsonl"), "other.jsonl"),
+        (("--task", "RTE", "--data", tmp_path / "glue"), "glue/RTE/validation.jsonl"),
+    ):
         for command in ("eval", "bench"):
+            words = (*options, "--restore", runs / "soft", "--json", tmp_path / file)
             assert "is one of the data; choose another file" in refused(command, *words)
-        assert before == (file.read_bytes() if file.exists() else None)
+        assert "text" in (tmp_path / file).read_text()
     words = ("--task", "SQuAD", "--data", tmp_path, "--restore", runs / "soft", "--nbest", "x", "--predictions", "x")
     assert "--nbest x: is that of --predictions, too" in refused("eval", *words)
     (tmp_path / "notes").write_text("mine")
@@ -371,6 +377,10 @@ def test_output_goes_through_links_and_into_pipes(runs, demo, tmp_path):
     told = (tmp_path / "file").read_text(), os.read(reader, 2**16).decode()
     os.close(reader)
     assert len({json.loads(text)["score"] for text in told}) == 1 and len(list(tmp_path.iterdir())) == 3
+    # A shell that sends the output to a file holds it open; replacing it would lose what is there.
+    command = f"{sys.executable} ltp.py eval --data {demo / 'data'} --restore {runs / 'soft'} --json /dev/stdout"
+    done = subprocess.run(f"{command} >> {tmp_path / 'log'}", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "/dev/stdout: is a file that is open already" in done.stderr
 
 
 def test_a_cut_prediction_is_counted(runs):

@@ -255,7 +255,7 @@ def test_a_trade_off_is_of_one_task(runs):
     from look import plot_tradeoff
 
     soft, dense = read_runs([runs / "soft", runs / "dense"])
-    with pytest.raises(InputError, match="not MRPC and custom"):
+    with pytest.raises(InputError, match="not on MRPC and your own data"):
         plot_tradeoff([soft._replace(task="MRPC"), dense])
 
 

@@ -215,7 +215,7 @@ def test_killed_at_random_moments(demo, start, tmp_path):
 
 def test_a_model_that_is_no_run_is_not_resumed(demo, start, tmp_path):
     shutil.copytree(start, tmp_path / "own")
-    with pytest.raises(InputError, match="holds config.json, but no run to resume"):
+    with pytest.raises(InputError, match="holds config.json and is no run to resume"):
         train(demo, start, tmp_path / "own")
     assert {p.name: p.read_bytes() for p in start.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "own").iterdir()

@@ -102,10 +102,12 @@ def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dens
     shorter = CliRunner().invoke(main, [str(word) for word in [*command, "--max-length", 20, "--no-speed"]])
     assert shorter.exit_code == 2 and shorter.stderr.strip().endswith("use the same options")
 
-    for options in (("--precision", "bf16"), ("--restore", tmp_path / "hard")):
-        other = CliRunner().invoke(main, [str(word) for word in [*command, "--no-speed", *options]])
-        assert other.exit_code == 2
-        assert ("with precision = fp32, not bf16" in other.stderr) or f"not {tmp_path / 'hard'}; choose" in other.stderr
+    for option, value, name, found in (
+        ("--precision", "bf16", "precision", "fp32"),
+        ("--restore", tmp_path / "hard", "folder", dense),
+    ):
+        other = CliRunner().invoke(main, [str(word) for word in [*command, "--no-speed", option, value]])
+        assert other.exit_code == 2 and f"begun with {name} = {found}, not {value}; choose" in other.stderr
 
     # A smaller grid takes nothing away.
     run(*command, "--method", "manual", "--no-speed")
