@@ -448,10 +448,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(demo, tmp
 
 
 def test_an_output_that_holds_a_run_is_refused_and_overwritten_on_demand(finetuned, tmp_path):
-    with pytest.raises(InputError, match="already holds a run .config.json.; choose another, or pass --resume"):
+    with pytest.raises(InputError, match="already holds a run; choose another, or pass --resume"):
         check_output(finetuned, overwrite=False, resume=False)
     check_output(finetuned, overwrite=True, resume=False)
     (tmp_path / "config.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(InputError, match="holds config.json and is no run to resume"):
+            check_output(tmp_path, overwrite=False, resume=resume)
     (tmp_path / "mine.txt").write_text("keep me")
     (tmp_path / "hard").mkdir()
     clear_output(tmp_path)
