@@ -34,6 +34,7 @@ Read it top to bottom: configuration, pruning rules, attention, layer, encoder, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -1081,11 +1082,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Through a link, into the file that it names; into a device or a pipe directly. Raises: InputError.
     """
-    if path.is_file() and path.absolute().parts[1] in (
-        "dev",
-        "proc",
-    ):  # such as /dev/stdout, with output going to a file
-        raise InputError(f"{path}: is a file that is open already; name another")
+    for descriptor in (1, 2):  # a file that our output goes to, such as /dev/stdout may be, must not be replaced
+        with contextlib.suppress(OSError):  # not there, or closed
+            if path.is_file() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+                raise InputError(f"{path}: is the file that this program's output goes to; name another")
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             write(path)

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import random_sequences, small_model
 
 from data import soft_target
 from ltp import main
-from model import load_model, save_model
+from model import load_model, save_model, write_file
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
@@ -377,10 +378,20 @@ def test_output_goes_through_links_and_into_pipes(runs, demo, tmp_path):
     told = (tmp_path / "file").read_text(), os.read(reader, 2**16).decode()
     os.close(reader)
     assert len({json.loads(text)["score"] for text in told}) == 1 and len(list(tmp_path.iterdir())) == 3
-    # A shell that sends the output to a file holds it open; replacing it would lose what is there.
-    command = f"{sys.executable} ltp.py eval --data {demo / 'data'} --restore {runs / 'soft'} --json /dev/stdout"
-    done = subprocess.run(f"{command} >> {tmp_path / 'log'}", shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "/dev/stdout: is a file that is open already" in done.stderr
+    # Replacing the file that the shell sends the output to would lose what is there; others below /dev are files.
+    log = tmp_path / "log"
+    for name in ("/dev/stdout", log):
+        command = f"{sys.executable} ltp.py eval --data {demo / 'data'} --restore {runs / 'soft'} --json {name}"
+        done = subprocess.run(
+            f"echo old > {log}; {command} >> {log}", shell=True, cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and f"{name}: is the file that this program's output goes to" in done.stderr
+        assert log.read_text().startswith("old\n")
+    if Path("/dev/shm").is_dir():
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            for text in ("one", "two"):
+                write_file(Path(folder, "file"), lambda path: path.write_text(text))
+            assert Path(folder, "file").read_text() == "two"
 
 
 def test_a_cut_prediction_is_counted(runs):
