@@ -308,10 +308,9 @@ def test_finetuning_learns(trained):
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
 
 
+@pytest.mark.parametrize("trained", ["questions"], indirect=True)
 def test_predictions_of_questions_agree_with_the_n_best_and_with_predict(trained, tmp_path):
     source, dense = trained
-    if source.task.head != "span":
-        pytest.skip("of questions")
     from squad import read_squad
 
     kept = {}
@@ -342,10 +341,9 @@ def test_predictions_of_questions_agree_with_the_n_best_and_with_predict(trained
         predictor.answer([("line", {"text": "where"})])
 
 
+@pytest.mark.parametrize("trained", ["tags"], indirect=True)
 def test_tags_of_predict_are_those_of_eval(trained):
     source, dense = trained
-    if source.task.head != "token":
-        pytest.skip("of tags")
     sentences = made_sentences(30, 1)
     predictor = Predictor(dense, Process(), 4, None, False)
     answers = predictor.answer([("line", {"words": s.words}) for s in sentences])
@@ -391,10 +389,9 @@ def test_inspect_shows_the_answers_of_predict(trained, tmp_path):
         )
 
 
+@pytest.mark.parametrize("trained", ["tags"], indirect=True)
 def test_unknown_tags_and_teachers_of_other_tags_are_refused(trained, tmp_path):
     source, dense = trained
-    if source.task.head != "token":
-        pytest.skip("of tags")
     for name in ("train", "dev"):
         text = (source.path / f"{name}.conll").read_text().replace("PER", "WHO")
         (tmp_path / f"{name}.conll").write_text(text)
@@ -424,10 +421,9 @@ def test_options_of_questions_are_refused_elsewhere(trained, tmp_path, demo):
     )
 
 
+@pytest.mark.parametrize("trained", ["questions"], indirect=True)
 def test_protected_questions_keep_to_a_budget_and_bench_prunes(trained, tmp_path):
     source, dense = trained
-    if source.task.head != "span":
-        pytest.skip("of questions")
     settings = Settings(epochs=1, batch_size=16, target_flops=0.97)
     options = PruningOptions(protect_question=True)
     folder, result = run_stage("topk", dense, source, settings, options, tmp_path / "topk")
@@ -440,10 +436,9 @@ def test_protected_questions_keep_to_a_budget_and_bench_prunes(trained, tmp_path
     assert "question-answering" in card and "exact_match" in card and "type: best" not in card and "windows" in card
 
 
+@pytest.mark.parametrize("trained", ["questions"], indirect=True)
 def test_squad_1_reads_its_own_file_and_only_questions_with_answers(trained, tmp_path):
     source, dense = trained
-    if source.task.head != "span":
-        pytest.skip("of questions")
     squad_file(tmp_path / "dev-v1.1.json", 8, 5, False)
     squad_file(tmp_path / "dev-v2.0.json", 8, 6, True)
     tokenizer = Tokenizer(dense)
