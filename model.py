@@ -2,63 +2,53 @@
 
 Paper: Kim et al., "Learned Token Pruning for Transformers", KDD 2022, https://arxiv.org/abs/2107.00910
 
-The method. Self-attention already says how much every token is looked at. In each layer LTP averages, over heads and
-queries, the attention probability a token receives, and drops the token when that importance falls below the layer's
-threshold; later layers then work on a shorter sequence. The thresholds are learned: in the *soft* stage a sigmoid
-stands for the decision, so that the loss and a regulariser that asks for fewer tokens can move them; in the *hard*
-stage they are frozen, tokens are really dropped, and the weights adapt.
+The method. Self-attention already tells how much a token matters: in each layer LTP averages the attention probability
+that a token receives over heads and queries, and drops the token when this importance is below the layer's threshold.
+Later layers then work on a shorter sequence. The thresholds are learned in two stages. In the *soft* stage nothing is
+dropped: a sigmoid mask, which has a gradient, multiplies each token's state, and a regulariser asks for small masks. In
+the *hard* stage the thresholds stay as they are, tokens below them are dropped, and the weights adapt.
 
-How it is made fast. A batch is one flat run of tokens without padding, so that dropping tokens is `x = x[keep]` and
-every later matrix product is that much smaller, at any batch size, in training and in inference. Sequences meet only
-inside attention.
+Why it is fast. A batch is one flat run of tokens without padding. Dropping tokens is `x = x[survivors]`, and every
+later matrix product is that much smaller, at any batch size, in training and in inference. Sequences meet nowhere but in
+attention, where each one is laid on a row of a grid.
 
-Legend. B sequences in a batch, T tokens in the batch (all sequences together, shrinking from layer to layer),
-D hidden size, H heads, d = D / H head size, F intermediate size, L layers, n length of a sequence, l layer counted
-from 1, θ_l threshold, τ temperature. `keep[t] == True` means that token t survives.
+Legend. B sequences in a batch, T tokens in the batch (all sequences together, fewer after each drop), D hidden size,
+H heads, d = D / H head size, F intermediate size, L layers, n length of a sequence, b sequences on one grid, l layer,
+s importance score, θ_l threshold, m soft mask, τ temperature, (B, D) a shape. `keep[t] == True` means that token t
+survives.
 
-Departures from the authors' release, where each was a choice:
-- the first token (CLS, <s>) always survives and its soft mask is 1: the classifier reads it;
+Departures from the authors' release:
+- the first token (CLS, <s>) always survives, and its soft mask is 1: the classifier reads it;
 - layers count from 1 in θ_l = θ_final · l / L, as the authors' README says (their code counts from 0);
-- the thresholds are one learnable vector, saved with the weights as `ltp.thresholds`;
-- the regulariser runs over real tokens only (towards a budget it is their FLOPs), and dropout never touches a score;
-- the top-k rate is clamped at 0, not 0.01;
-- a soft mask may act on the attention that later layers pay to the token instead of on the layer's output: then a mask
-  of 0 is the same as dropping, and soft training leads where hard pruning goes (the default towards a budget);
-- towards a budget the thresholds do not start from θ_final · l / L but where they meet it, as a steep ladder;
-- in the last layer a classifier needs the output of the first token only, so only that one is computed;
-- where every token has an answer (questions, tags), a pruned token's is read off the state that it was dropped with; in
-  soft training a token leaves by degrees, and what is read is the mean of its states by how much left when.
+- all thresholds are one vector of the model, saved with the weights as `ltp.thresholds`;
+- the regulariser runs over real tokens only, and dropout never touches a score;
+- top-k's rate is clamped at 0, not at 0.01.
 
-Read it top to bottom: configuration, pruning rules, attention, layer, encoder, head, FLOPs, checkpoints.
+Read from top to bottom: configuration, sequences in a flat run, pruning rules, pruners, attention, layer, encoder, heads,
+FLOPs, Hugging Face folders.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import re
-import tempfile
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from data import FINAL_TOKEN_THRESHOLD, MAX_SEQ_LENGTH, QUESTION_LENGTH, TOKEN_KEEP_RATE, InputError, plural
+from torch.nn.functional import gelu, linear, relu, scaled_dot_product_attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-
-# Which base a model type is read as: RoBERTa counts positions from pad + 1 and keeps its pooling layer in the
-# classifier; BERT counts from 0 and has a pooler. I-BERT (in floating point) and LTP are RoBERTa by arithmetic.
+# Two families cover all model types. RoBERTa counts positions from pad + 1 and has its pooling layer in the classifier;
+# BERT counts positions from 0 and has a pooler. I-BERT (in floating point) and LTP compute what RoBERTa does.
 FAMILY = {
     "roberta": "roberta",
     "xlm-roberta": "roberta",
@@ -67,30 +57,25 @@ FAMILY = {
     "ltp": "roberta",
     "bert": "bert",
 }
+CLASS_PREFIX = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+    "gelu": gelu,
+    "gelu_new": lambda x: gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: gelu(x, approximate="tanh"),
+    "relu": relu,
 }
-# What the model answers, by the ending of Hugging Face's architecture names: one answer a sequence, one a token, or
-# for each token how likely an answer starts and ends there.
+# A head answers once for a sequence, once for each token, or says for each token how likely an answer starts and ends
+# there. Hugging Face's architecture names end like this.
 ARCHITECTURES = {
     "sequence": "ForSequenceClassification",
     "token": "ForTokenClassification",
     "span": "ForQuestionAnswering",
 }
-SPAN_LABELS = ("start", "end")
-PRUNE_MODES = ("absolute_threshold", "topk", None)
-SCORE_NORMS = ("max_length", "length")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The keys of a Hugging Face config.json that this encoder uses, and the pruning settings.
-
-    `other` holds the file's remaining keys, so that saving a model gives them back untouched.
-    """
+    """The keys of a Hugging Face config.json that this encoder uses, and the pruning settings."""
 
     vocab_size: int
     hidden_size: int
@@ -108,15 +93,15 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
     head: str = "sequence"  # a key of ARCHITECTURES
-    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # the class names in id order; exactly one means regression
-    # Pruning.
-    prune_mode: str | None = None  # what inference does: "absolute_threshold", "topk", or None for the dense model
-    final_token_threshold: float = FINAL_TOKEN_THRESHOLD  # θ_final, where the thresholds start from
-    token_keep_rate: float = TOKEN_KEEP_RATE  # share of tokens that top-k keeps in the last layer; negative is steeper
-    score_norm: str = "max_length"  # which N the importance score is divided by, see `importance`
-    max_seq_length: int = MAX_SEQ_LENGTH  # texts are cut to this many tokens; N when score_norm is "max_length"
-    protect_question: bool = False  # "span" heads: no token of the question is pruned
-    other: dict = field(default_factory=dict, repr=False)
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # class names in id order; one label alone means regression
+    # Pruning
+    prune_mode: str | None = None  # in inference: "absolute_threshold", "topk", or None for the dense model
+    final_token_threshold: float = 0.01  # θ_final, the last layer's threshold at the start of learning
+    token_keep_rate: float = 0.2  # share of the tokens that top-k keeps in the last layer; negative is steeper
+    score_norm: str = "max_length"  # N of the importance score: "max_length" (max_seq_length) or "length"
+    max_seq_length: int = 128  # texts are cut to this many tokens
+    protect_question: bool = False  # "span" heads: no token of the question is dropped
+    other: dict = field(default_factory=dict, repr=False)  # config.json as it was read; saving keeps its other keys
 
     @property
     def family(self) -> str:
@@ -133,127 +118,35 @@ class Config:
         return self.max_position_embeddings - self.position_offset
 
     @classmethod
-    def from_dict(cls, raw: dict, where: str = "config.json") -> Config:
-        """Checks and converts the content of a config.json.
+    def json_keys(cls) -> list[str]:
+        """The fields that a config.json has under the same names."""
+        return [name for name in cls.__dataclass_fields__ if name not in ("head", "labels", "other")]
 
-        Raises: InputError naming the file, the key and the value for a missing key, a value of the wrong kind or out
-        of range, or a setting that this encoder does not have.
-        """
-
-        def bad(key: str, remedy: str) -> InputError:
-            return InputError(f"{where}: {key} = {raw.get(key)!r}: {remedy}")
-
-        if not isinstance(raw, dict):
-            raise InputError(f"{where}: expected a JSON object, found {type(raw).__name__}")
-        model_type = raw.get("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILY:
-            raise bad("model_type", f"supported are {', '.join(FAMILY)}")
-        for key, wanted in (
-            ("position_embedding_type", "absolute"),
-            ("is_decoder", False),
-            ("add_cross_attention", False),
-            ("quant_mode", False),
-        ):
-            if raw.get(key, wanted) not in (wanted, None):
-                reason = "integer-only inference is not implemented, use the floating-point checkpoint"
-                raise bad(key, reason if key == "quant_mode" else f"not supported, only {json.dumps(wanted)} is")
-        if raw.get("problem_type") == "multi_label_classification":
-            raise bad("problem_type", "not supported, one label per example is")
-        if raw.get("pruned_heads"):
-            raise bad("pruned_heads", "not supported, only models with all their heads are")
-
-        values = {}
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "type_vocab_size",
-            "max_seq_length",
-        ):
-            if key not in raw and hasattr(cls, key):
-                continue  # has a default
-            if key not in raw:
-                raise InputError(f"{where}: the key {key} is missing")
-            if type(raw[key]) is not int or not 1 <= raw[key] < 2**31:
-                raise bad(key, "expected a whole number of at least 1")
-            values[key] = raw[key]
-        pad = raw.get("pad_token_id")
-        values["pad_token_id"] = pad = (1 if FAMILY[model_type] == "roberta" else 0) if pad is None else pad
-        if type(pad) is not int or not 0 <= pad < values["vocab_size"]:
-            raise bad("pad_token_id", "expected a token id below vocab_size")
-        for key, low, high in (
-            ("layer_norm_eps", 0, 1),
-            ("initializer_range", 0, 10),
-            ("hidden_dropout_prob", 0, 1),
-            ("attention_probs_dropout_prob", 0, 1),
-            ("classifier_dropout", 0, 1),
-            ("final_token_threshold", -math.inf, math.inf),
-            ("token_keep_rate", -math.inf, 1),
-        ):
-            if key not in raw or key == "classifier_dropout" and raw[key] is None:
-                continue
-            if type(raw[key]) not in (int, float) or not (low <= raw[key] <= high) or abs(raw[key]) > 1e6:
-                limits = (
-                    f" from {low} to {high}" if high == 1 and low == 0 else f" of at most {high}" if high == 1 else ""
-                )
-                raise bad(key, f"expected a number{limits}")
-            values[key] = float(raw[key])
-        for key, allowed in (("hidden_act", ACTIVATIONS), ("prune_mode", PRUNE_MODES), ("score_norm", SCORE_NORMS)):
-            if key in raw:
-                if not isinstance(raw[key], (str, type(None))) or raw[key] not in allowed:
-                    raise bad(key, f"supported are {', '.join('null' if a is None else a for a in allowed)}")
-                values[key] = raw[key]
-        if "protect_question" in raw:
-            if type(raw["protect_question"]) is not bool:
-                raise bad("protect_question", "expected true or false")
-            values["protect_question"] = raw["protect_question"]
-        architectures = raw.get("architectures") or [""]
+    @classmethod
+    def from_dict(cls, raw: dict) -> Config:
+        """Reads the content of a config.json. It checks nothing."""
+        values = {name: raw[name] for name in cls.json_keys() if raw.get(name) is not None}
+        values.setdefault("pad_token_id", 1 if FAMILY[raw["model_type"]] == "roberta" else 0)
+        architecture = (raw.get("architectures") or [""])[0]
         for head, ending in ARCHITECTURES.items():
-            if isinstance(architectures, list) and str(architectures[0]).endswith(ending):
+            if architecture.endswith(ending):
                 values["head"] = head
-        if values["hidden_size"] % values["num_attention_heads"]:
-            raise bad("hidden_size", f"not a multiple of num_attention_heads = {values['num_attention_heads']}")
-
-        names = raw.get("id2label")
-        if names is None:
-            count = raw.get("num_labels", 2)
-            if type(count) is not int or not 1 <= count <= 10**6:
-                raise bad("num_labels", "expected a whole number of at least 1")
-            values["labels"] = tuple(f"LABEL_{i}" for i in range(count))
-        else:
-            ids = [str(i) for i in range(len(names))] if isinstance(names, dict) else None
-            strings = ids and all(isinstance(name, str) for name in names.values())
-            if not strings or sorted(names) != sorted(ids) or len(set(names.values())) != len(ids):
-                raise bad("id2label", 'expected different names for the ids from "0" on without a gap')
-            values["labels"] = tuple(names[i] for i in ids)
-        config = cls(model_type=model_type, other=dict(raw), **values)
-        if config.head == "span":
-            length = values.get("max_seq_length", min(QUESTION_LENGTH, config.max_tokens))
-            config = replace(config, labels=SPAN_LABELS, max_seq_length=length)
-        if config.max_tokens < 2:
-            raise bad("max_position_embeddings", "leaves no room for a sequence")
-        return config
+        id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
+        labels = tuple(id2label[str(i)] for i in range(len(id2label)))
+        values["labels"] = ("start", "end") if values.get("head") == "span" else labels
+        return cls(**values, other=dict(raw))
 
     def to_dict(self) -> dict:
-        """The config.json of this model: the keys it came with, brought up to date."""
-        # I-BERT's and the authors' model types would make other libraries look for buffers that are not there.
+        """The config.json of this model: the keys that it was read with, brought up to date."""
+        # Other libraries would look for I-BERT's quantization buffers, which a saved model does not have.
         model_type = "roberta" if self.model_type in ("ibert", "ltp") else self.model_type
-        prefix = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}[
-            model_type
-        ]
-        # Not true of what we write.
-        untrue = ("quant_mode", "force_dequant", "num_labels", "_name_or_path", "dtype", "torch_dtype")
-        raw = {key: value for key, value in self.other.items() if key not in untrue}
-        for key in self.__dataclass_fields__:
-            if key not in ("head", "labels", "other"):
-                raw[key] = getattr(self, key)
+        outdated = ("quant_mode", "force_dequant", "num_labels", "_name_or_path", "dtype", "torch_dtype")
+        raw = {key: value for key, value in self.other.items() if key not in outdated}
+        raw |= {name: getattr(self, name) for name in self.json_keys()}
         problem = "regression" if len(self.labels) == 1 else "single_label_classification"
         return raw | {
             "model_type": model_type,
-            "architectures": [prefix + ARCHITECTURES[self.head]],
+            "architectures": [CLASS_PREFIX[model_type] + ARCHITECTURES[self.head]],
             "id2label": {str(i): name for i, name in enumerate(self.labels)},
             "label2id": {name: i for i, name in enumerate(self.labels)},
             "problem_type": problem if self.head == "sequence" else None,
@@ -264,20 +157,97 @@ class Config:
 # Sequences in a flat run of tokens
 
 
-def sequence_starts(lengths: Tensor) -> Tensor:
-    """Where each sequence's first token stands: lengths (B,) -> indices (B,) into the flat run."""
-    return lengths.cumsum(0) - lengths
+class Batch(NamedTuple):
+    """B sequences of T tokens together, one sequence after the other."""
+
+    token_ids: Tensor  # (T,)
+    segment_ids: Tensor  # (T,)
+    positions: Tensor  # (T,) of each token in its sequence, from 0
+    lengths: Tensor  # (B,) at least 1 each
+
+    def to(self, device: Any) -> Batch:
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def sequence_ids(lengths: Tensor) -> Tensor:
-    """Which sequence each token belongs to: lengths (B,) -> (T,)."""
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+def pack(token_ids: list[list[int]], segment_ids: list[list[int]] | None = None) -> Batch:
+    """Packs B sequences of token ids. Segments are 0 where none are given.
+
+    >>> pack([[0, 7, 2], [0, 2]]).positions
+    tensor([0, 1, 2, 0, 1])
+    """
+    flat = torch.tensor([i for ids in token_ids for i in ids])
+    segments = torch.zeros_like(flat) if segment_ids is None else torch.tensor([i for ids in segment_ids for i in ids])
+    positions = torch.tensor([position for ids in token_ids for position in range(len(ids))])
+    return Batch(flat, segments, positions, torch.tensor([len(ids) for ids in token_ids]))
 
 
-def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums per-token integers over each sequence: values (T,), lengths (B,) -> (B,)."""
-    ends = lengths.cumsum(0)
-    return values.cumsum(0)[ends - 1].diff(prepend=ends.new_zeros(1))
+class Sequences:
+    """How B sequences lie in a flat run of T tokens. A pass makes it once, and again when tokens were dropped."""
+
+    # Limits of a grid: its area b · n² (a longer sequence has a grid of its own), and the part of the area that is
+    # padding, per sequence. Large grids leave a CPU's cache; a GPU wants few kernels.
+    CPU_LIMITS = (40_000, 500)
+    GPU_LIMITS = (2**24, 2**16)
+
+    def __init__(self, lengths: Tensor, original_lengths: Tensor | None = None):
+        """lengths (B,) now; original_lengths (B,) before anything was dropped."""
+        self.lengths = lengths
+        self.original_lengths = lengths if original_lengths is None else original_lengths
+        self.sizes: list[int] = lengths.tolist()  # waits for the device, the only time that a layout does
+        if min(self.sizes) < 1:
+            raise ValueError("a sequence has no tokens; a pruner must keep the protected ones")
+        self.num_tokens = sum(self.sizes)
+
+    @property
+    def single(self) -> bool:
+        """Whether each sequence has one token left."""
+        return self.num_tokens == len(self.sizes)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(B,) the place of each sequence's first token."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """(T,) the sequence that each token belongs to."""
+        sequences = torch.arange(len(self.sizes), device=self.lengths.device)
+        return sequences.repeat_interleave(self.lengths, output_size=self.num_tokens)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(T,) the place of each token in its sequence, from 0, counted over the tokens still there."""
+        return torch.arange(self.num_tokens, device=self.lengths.device) - self.starts[self.ids]
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """The grids on which these sequences attend."""
+        return make_grids(self)
+
+    def lay(self, x: Tensor) -> list[Tensor]:
+        """x (T, C) -> (b, n, C) on each grid."""
+        parts = x.split([grid.num_tokens for grid in self.grids]) if len(self.grids) > 1 else [x]
+        return [grid.lay(part) for grid, part in zip(self.grids, parts)]
+
+    def flatten(self, grids: list[Tensor]) -> Tensor:
+        """(b, n, ...) on each grid -> (T, ...)."""
+        parts = [grid.flatten(x) for grid, x in zip(self.grids, grids)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over each sequence: (T,) -> (B,). Counts the True of a bool."""
+        values = values.long() if values.dtype == torch.bool else values
+        return values.new_zeros(len(self.sizes)).index_add(0, self.ids, values)
+
+    def drop(self, keep: Tensor, kept: Tensor) -> tuple[Sequences, Tensor | None]:
+        """The layout of the survivors, and their places in this one; None where all survive.
+
+        keep (T,) bool, kept (B,) its sums: knowing them, `nonzero` need not wait for the device.
+        """
+        smaller = type(self)(kept, self.original_lengths)
+        if smaller.num_tokens == self.num_tokens:
+            return self, None
+        return smaller, keep.nonzero_static(size=smaller.num_tokens).squeeze(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,40 +255,40 @@ def sum_by_sequence(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def threshold_ladder(final_token_threshold: float, num_layers: int, power: float = 1.0) -> Tensor:
-    """Thresholds that grow from layer to layer, θ_l = θ_final · (l / L)^power (L,).
+    """Thresholds that grow from layer to layer, θ_l = θ_final · (l / L)^power (L,), l from 1.
 
-    Linearly they are the start of learning and the manual baseline; a steep ladder leaves the first layers alone.
+    With power 1 they are the start of learning and the manual baseline. A higher power spares the first layers.
     """
     return final_token_threshold * (torch.arange(1, num_layers + 1, dtype=torch.float32) / num_layers) ** power
 
 
 def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
-    """s = Σ_h Σ_j A_h(j, i) / (H · N), equation 3 of the paper.
+    """s(i) = (1/H) Σ_h (1/N) Σ_j A_h(j, i), equation 3 of the paper.
 
-    received (T,): the sums, see `attend`. N: the maximum length (the authors' code: their θ, λ and τ are on its scale)
-    or, as the paper writes it, the original length of each token's sequence (T,) -> (T,).
+    received (T,): Σ_h Σ_j A_h(j, i), see `attend_and_score`. N: the maximum length (the release, whose θ, λ and τ are on
+    this scale) or the original length of each token's sequence (T,) (the paper's formula). -> (T,)
     """
     return received / (num_heads * N)
 
 
-def soft_mask(importance: Tensor, threshold: Tensor, temperature: float, protected: Tensor) -> Tensor:
-    """m = σ((s − θ) / τ), equation 8 of the paper, with 1 at the protected tokens (the first of each sequence).
+def soft_mask(scores: Tensor, threshold: Tensor, temperature: float, protected: Tensor) -> Tensor:
+    """m = σ((s − θ) / τ), equation 8 of the paper, and 1 at protected tokens. Scores and threshold get its gradient.
 
-    importance (T,), threshold (), protected (T,) bool -> (T,) from 0 to 1. Its gradient reaches scores and threshold.
+    scores (T,), threshold (), protected (T,) bool -> (T,) from 0 to 1.
     """
-    return ((importance - threshold) / temperature).sigmoid().masked_fill(protected, 1.0)
+    return ((scores - threshold) / temperature).sigmoid().masked_fill(protected, 1.0)
 
 
-def keep_by_threshold(importance: Tensor, threshold: Tensor, protected: Tensor) -> Tensor:
-    """A token survives if s >= θ, equation 4 of the paper; protected ones always do.
+def keep_by_threshold(scores: Tensor, threshold: Tensor, protected: Tensor) -> Tensor:
+    """A token survives if s >= θ, equation 4 of the paper, or if it is protected.
 
-    importance (T,), threshold (), protected (T,) bool -> keep (T,) bool.
+    scores (T,), threshold (), protected (T,) bool -> keep (T,) bool.
     """
-    return (importance >= threshold) | protected
+    return (scores >= threshold) | protected
 
 
 def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
-    """Share of the original tokens top-k keeps in each layer (L,): all in the first max(3, ⌈0.15 L⌉) layers, then
+    """Share of the original tokens that top-k keeps in each layer (L,): all in the first max(3, ⌈0.15 L⌉) layers, then
     linearly down to `token_keep_rate` in the last one, never below 0 (Wang et al., SpAtten, arXiv 2012.09852)."""
     dense = max(3, math.ceil(0.15 * num_layers))
     return [
@@ -328,207 +298,271 @@ def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
 
 
 def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
-    """round(n · rate) tokens of each sequence, halves to even, at least the first one: (B,) -> (B,)."""
+    """round(n · rate) tokens of each sequence, halves to even, at least one: (B,) -> (B,)."""
     return torch.round(original_lengths.double() * rate).long().clamp(min=1)
 
 
-def keep_topk(importance: Tensor, lengths: Tensor, counts: Tensor, protected: Tensor) -> Tensor:
-    """The `counts` (B,) most important tokens of each sequence survive, protected ones first; ties go to the left.
+def keep_topk(scores: Tensor, seqs: Sequences, counts: Tensor, protected: Tensor) -> Tensor:
+    """The `counts` (B,) tokens of each sequence with the highest scores survive, protected ones first, ties to the left.
 
-    importance (T,), lengths (B,), protected (T,) bool, of a sequence no more than its count -> keep (T,) bool.
+    scores (T,), protected (T,) bool, in a sequence no more than its count -> keep (T,) bool.
     """
-    ids = sequence_ids(lengths)
-    # Sort by importance, then stably by sequence: each sequence's tokens stand together, best first.
-    order = importance.masked_fill(protected, math.inf).argsort(descending=True, stable=True)
-    order = order[ids[order].argsort(stable=True)]
-    rank = torch.arange(len(order), device=order.device) - sequence_starts(lengths)[ids]
-    return torch.empty_like(rank, dtype=torch.bool).index_put((order,), rank < counts[ids])
+    order = scores.masked_fill(protected, math.inf).argsort(descending=True, stable=True)
+    order = order[seqs.ids[order].argsort(stable=True)]  # each sequence's tokens together again, best first
+    keep = torch.empty_like(protected)
+    keep[order] = seqs.positions < counts[seqs.ids]  # the r-th of a sequence in `order` has rank r
+    return keep
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pruners: the whole of what differs between the modes
+
+
+class Alive(NamedTuple):
+    """The T_l tokens that enter layer l."""
+
+    tokens: Tensor  # (T_l,) which of the batch's T tokens each one is
+    protected: Tensor  # (T_l,) bool: never dropped
+    share: Tensor  # (T_l,) the product of its soft masks so far; 1 without soft masks
+
+    def at(self, survivors: Tensor) -> Alive:
+        return Alive(*(tensor[survivors] for tensor in self))
+
+
+class Decision(NamedTuple):
+    """What a pruner decides about the T_l tokens of a layer."""
+
+    kept: Tensor  # (B,) tokens of each sequence that survive the layer, the sums of keep; with soft masks Σ_t share · m
+    keep: Tensor | None = None  # (T_l,) bool: who survives; None: nobody is dropped
+    mask: Tensor | None = None  # (T_l,) soft mask; None: no soft masks
+
+
+class Dense:
+    """Drops nothing. A pruner overrides these two methods, in which layers count from 0.
+
+    A pruner must keep the protected tokens. One that drops every second token:
+
+    >>> class EverySecond(Dense):
+    ...     def decide(self, l, scores, alive, seqs):
+    ...         keep = alive.protected | (seqs.positions % 2 == 0)
+    ...         return Decision(seqs.sum(keep), keep)
+    """
+
+    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
+        """Whether layer l must score its tokens.
+
+        first_only: it is a classifier's last layer. Only first tokens are read there, so that nothing need be dropped,
+        and scores change no answer but the count of tokens that the rule would keep.
+        """
+        return False
+
+    def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
+        """Who survives layer l. scores (T_l,), or None where `needs_scores` says no."""
+        return Decision(seqs.lengths)
+
+
+class Hard(Dense):
+    """Drops the tokens that score below their layer's threshold: LTP in inference and in its hard stage, and manual."""
+
+    def __init__(self, thresholds: Tensor, count_last: bool = True):
+        """thresholds (L,). count_last: score a classifier's last layer too, for the count alone."""
+        self.thresholds, self.count_last = thresholds, count_last
+        self.can_drop = (thresholds > 0).tolist()  # waits for the device; no score is below 0
+
+    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
+        return self.can_drop[l] and not seqs.single and (self.count_last or not first_only)
+
+    def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
+        if scores is None:
+            return Decision(seqs.lengths)
+        keep = keep_by_threshold(scores, self.thresholds[l], alive.protected)
+        return Decision(seqs.sum(keep), keep)
+
+
+class TopK(Dense):
+    """Keeps a fixed share of each sequence's original tokens, those with the highest scores."""
+
+    def __init__(self, rates: list[float]):
+        """rates (L,): see `topk_rates`."""
+        self.rates = rates
+
+    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
+        return self.rates[l] < 1 and not seqs.single and not first_only
+
+    def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
+        counts = topk_counts(seqs.original_lengths, self.rates[l]).minimum(seqs.lengths)
+        if scores is None:  # nobody is dropped; in a classifier's last layer the rule's count is known all the same
+            return Decision(counts)
+        counts = counts.maximum(seqs.sum(alive.protected))
+        return Decision(counts, keep_topk(scores, seqs, counts, alive.protected))
+
+
+class Soft(Dense):
+    """Drops nothing and multiplies each token's state by its soft mask: the stage in which the thresholds are learned."""
+
+    def __init__(self, thresholds: Tensor, temperature: float):
+        """thresholds (L,), a parameter that wants a gradient. temperature: τ."""
+        self.thresholds, self.temperature = thresholds, temperature
+
+    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
+        return True
+
+    def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
+        mask = soft_mask(scores, self.thresholds[l], self.temperature, alive.protected)
+        return Decision(seqs.sum(alive.share * mask), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
-PACKED_TOKENS = 128  # packed weights are used up to here; above, the plain product is as fast
 
-
-class Linear(nn.Linear):
-    """A linear layer that can hold its weight a second time, in the layout of a CPU's fastest kernel: `Model.pack`."""
-
-    packed: Tensor | None = None
-
-    def pack(self) -> None:
-        if (
-            self.weight.device.type == "cpu"
-            and self.weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-        ):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
-
-    def train(self, mode: bool = True) -> Linear:
-        self.packed = None if mode else self.packed
-        return super().train(mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (T, in) -> (T, out)."""
-        plain = self.packed is None or len(x) > PACKED_TOKENS or x.is_cuda
-        if plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-class Dropout(nn.Module):
-    """nn.Dropout, with random numbers of 16 bits, four from each that a CPU draws: a fifth of the time."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        if x.is_cuda or self.rate == 1:
-            return F.dropout(x, self.rate)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(2**16 * self.rate) - 2**15
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.rate))
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alive: Tensor | None,
-    presence: Tensor | None,
-    dropout: Dropout,
-    score: bool,
-    cls_only: bool,
-    max_area: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of b sequences laid on a grid, and what each token received.
-
-    query, key, value (b, H, n, d) (query may have fewer rows); alive (b, n) tells tokens from padding, None: all are.
-    presence (b, n): how much of each token is there, 0 to 1 (soft pruning; None: all of it). A key's probability is
-    multiplied by its presence before they are made to sum to 1, and what a query gives counts in proportion to its own,
-    so that presence 0 (taken as 1e-6, which has a logarithm) is as good as absence.
-    max_area: how many probabilities of a head are made at a time; a softmax needs whole rows, but not all of them.
-    Returns the context (b, H, queries, d), the first query's alone if `cls_only`, and, if `score`, the attention
-    probability that each token receives, summed over heads and alive queries (b, n), before dropout, in float32.
-    """
-    query = query[:, :, :1] if cls_only and not score else query
-    rate = dropout.rate if dropout.training else 0.0
-    if not score and presence is None and (rate == 0 or query.is_cuda):
-        mask = None if alive is None else alive[:, None, None]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate), None
+def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q · k / √d + bias) in float32. query (b, H, q, d), key (b, H, n, d), bias (b, 1, 1, n) -> (b, H, q, n)."""
     b, H, n, d = key.shape
-    q, k, v = (part.flatten(0, 1) for part in (query, key, value))  # (b · H, n, d)
-    queries = q.size(1)
-    padding = q.new_zeros(b, 1, 1, n)  # added to the logits: -inf where there is no token
-    if alive is not None:
-        padding.masked_fill_(~alive[:, None, None], -math.inf)
-    if presence is not None:
-        padding = padding + presence.clamp(min=1e-6).log()[:, None, None]
-    padding = padding.expand(b, H, 1, n).flatten(0, 1)
-    contexts, received = [], []
-    step = max(1, max_area // (b * n))
-    for start in range(0, queries, step):
-        rows = slice(start, start + step)
-        beta = alive is not None or presence is not None
-        logits = torch.baddbmm(padding, q[:, rows], k.mT, alpha=d**-0.5, beta=beta)  # (b · H, rows, n)
-        probs = logits.softmax(-1, dtype=torch.float32)
-        if score:
-            given = probs.unflatten(0, (b, H)).sum(1)  # (b, rows, n)
-            given = given if presence is None else given * presence[:, rows, None]
-            received.append((given if alive is None else given * alive[:, rows, None]).sum(1))
-        if not cls_only or start == 0:
-            contexts.append(dropout(probs[:, :1] if cls_only else probs).to(v.dtype) @ v)
-    context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, 1)
-    return context.unflatten(0, (b, H)), sum(received[1:], received[0]) if score else None
+    beta = 0 if bias is None else 1  # with 0, baddbmm ignores its first argument
+    bias = query.new_zeros(1, 1, 1) if bias is None else bias.to(query.dtype).expand(b, H, 1, n).flatten(0, 1)
+    logits = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=d**-0.5, beta=beta)
+    return logits.softmax(-1, dtype=torch.float32).unflatten(0, (b, H))
+
+
+def attend_and_score(
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, dropout: nn.Module, first_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention that writes its probabilities down, for some queries at a time, and sums what each token receives.
+
+    query, key, value (b, H, n, d) (query may have one row alone). Returns the context (b, H, q, d), the first query's
+    alone if `first_only`, and Σ_h Σ_j A_h(j, i) over the queries j that are no padding, before dropout (b, n) float32.
+    """
+    chunks = [query] if grid.query_rows is None else query.split(grid.query_rows, 2)
+    contexts, received, start = [], [], 0
+    for rows in chunks:
+        probabilities = attention_probabilities(rows, key, grid.bias)
+        given = probabilities.sum(1)  # (b, q, n) over heads
+        if grid.alive is not None:
+            given = given * grid.alive[:, start : start + rows.size(2), None]
+        received.append(given.sum(1))
+        if not first_only:
+            contexts.append(dropout(probabilities).to(value.dtype) @ value)
+        elif start == 0:
+            contexts.append(dropout(probabilities[:, :, :1]).to(value.dtype) @ value)
+        start += rows.size(2)
+    return torch.cat(contexts, 2) if len(contexts) > 1 else contexts[0], reduce(torch.add, received)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over a flat run of tokens; query, key and value are one product."""
+    """Multi-head self-attention over a flat run of tokens. Query, key and value are one product."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.dropout = Dropout(config.attention_probs_dropout_prob)
-        self.query_key_value = Linear(config.hidden_size, 3 * config.hidden_size)
-        self.output = Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(
-        self, x: Tensor, lengths: Tensor, presence: Tensor | None, score: bool, cls_only: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (T, D), lengths (B,), presence (T,) -> attended (T, D), or (B, D) of the first tokens if `cls_only`; received
-        (T,) if `score`."""
-        D = x.size(1)
-        sizes = lengths.tolist()  # on CUDA this waits for the device, as `nonzero` does: shapes depend on the data
-        max_area, max_waste = (2**24, math.inf) if x.is_cuda else (40_000, 500)
-        groups = attention_groups(sizes, max_area, max_waste)
-        tokens = [sum(group) for group in groups]
-        if cls_only and not score:  # one query per sequence will do
-            weight, bias = self.query_key_value.weight, self.query_key_value.bias
-            queries = F.linear(x[sequence_starts(lengths)], weight[:D], bias[:D]).split([len(g) for g in groups])
-            keys_values = F.linear(x, weight[D:], bias[D:]).split(tokens)
-        else:
-            queries = None
-            keys_values = self.query_key_value(x).split(tokens)
-
-        presences = [None] * len(groups) if presence is None else presence[:, None].split(tokens)
+    def forward(self, x: Tensor, seqs: Sequences, score: bool, first_only: bool) -> tuple[Tensor, Tensor | None]:
+        """x (T, D) -> attended (T, D), or (B, D) of the first tokens if `first_only`; received (T,) if `score`."""
+        if seqs.single and not self.training:  # (in training, dropout acts on the one probability)
+            return self.attend_alone(x, score)
         contexts, received = [], []
-        for i, (group, projected) in enumerate(zip(groups, keys_values)):
-            grid, alive, index = to_grid(projected, group)  # (b, n, 3D or 2D)
-            b, n = grid.shape[:2]
-            parts = grid.view(b, n, -1, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4).unbind()
-            key, value = parts[-2:]
-            query = parts[0] if queries is None else queries[i].view(b, 1, self.num_heads, -1).transpose(1, 2)
-            there = None if presence is None else to_grid(presences[i], group)[0].squeeze(2)
-            context, group_received = attend(query, key, value, alive, there, self.dropout, score, cls_only, max_area)
-            context = context.transpose(1, 2).reshape(-1, D)
-            contexts.append(context if cls_only or index is None else context[index])
-            if score:
-                group_received = group_received.flatten()
-                received.append(group_received if index is None else group_received[index])
-        return self.output(torch.cat(contexts)), torch.cat(received) if score else None
+        for grid, query, key, value in self.project(x, seqs, one_query=first_only and not score):
+            context, sums = self.attend(query, key, value, grid, score, first_only)
+            contexts.append(context.transpose(1, 2).flatten(2))  # (b, n, D), or (b, 1, D)
+            received.append(sums)
+        context = torch.cat(contexts).squeeze(1) if first_only else seqs.flatten(contexts)
+        return self.output(context), seqs.flatten(received) if score else None
+
+    def project(self, x: Tensor, seqs: Sequences, one_query: bool) -> Iterator[tuple[Grid, Tensor, Tensor, Tensor]]:
+        """x (T, D) -> each grid with its query, key and value (b, H, n, d).
+
+        one_query: only the first token of each sequence asks, and query is (b, H, 1, d).
+        """
+        if not one_query:
+            for grid, projected in zip(seqs.grids, seqs.lay(self.query_key_value(x))):
+                yield grid, *self.split_heads(projected, 3)
+            return
+        D, weight, bias = x.size(1), self.query_key_value.weight, self.query_key_value.bias
+        queries = linear(x[seqs.starts], weight[:D], bias[:D])  # (B, D)
+        for grid, projected in zip(seqs.grids, seqs.lay(linear(x, weight[D:], bias[D:]))):
+            yield grid, *self.split_heads(queries[grid.sequences, None], 1), *self.split_heads(projected, 2)
+
+    def split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """x (b, n, parts · D) -> `parts` times (b, H, n, d)."""
+        return x.unflatten(2, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, score: bool, first_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The fused kernel where nobody needs the probabilities; with dropout, a CPU is faster without it."""
+        rate = self.dropout.p if self.training else 0.0
+        if score or (rate > 0 and not query.is_cuda):
+            return attend_and_score(query, key, value, grid, self.dropout, first_only)
+        bias = None if grid.bias is None else grid.bias.to(query.dtype)
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=rate), None
+
+    def attend_alone(self, x: Tensor, score: bool) -> tuple[Tensor, Tensor | None]:
+        """Each of B tokens attends to itself alone, with probability 1 in each head: (B, D) -> (B, D) and (B,)."""
+        D, weight, bias = x.size(1), self.query_key_value.weight, self.query_key_value.bias
+        value = linear(x, weight[2 * D :], bias[2 * D :])
+        return self.output(value), torch.full_like(x[:, 0], self.num_heads) if score else None
 
 
-def attention_groups(lengths: list[int], max_area: int, max_waste: float) -> list[list[int]]:
-    """Cuts a batch into runs of consecutive sequences that are attended together on one grid.
+# ----------------------------------------------------------------------------------------------------------------------
+# Grids, the form that attention takes. Nothing is pruned here: skip this at a first reading
 
-    max_area: of a grid, b · n_max² attention probabilities a head; a longer sequence stands alone.
-    max_waste: how many of them, per sequence, may be padding. Large grids leave a CPU's cache and padding costs it time,
-    while a GPU wants few kernels; the CPU's limits were measured.
 
-    >>> attention_groups([5, 5, 6, 30, 2], 1000, 30)
-    [[5, 5, 6], [30], [2]]
+class Grid(NamedTuple):
+    """b consecutive sequences laid on b rows of cells, each row as long as the longest sequence (n).
+
+    The tensors are None where all sequences have one length: then the run of tokens is the grid, without padding.
     """
-    groups: list[list[int]] = []
-    for n in lengths:
-        if groups:
-            longer = [*groups[-1], n]
-            area = len(longer) * max(longer) ** 2
-            if area <= max_area and area - sum(m * m for m in longer) <= max_waste * len(longer):
-                groups[-1].append(n)
-                continue
-        groups.append([n])
-    return groups
+
+    sequences: slice  # which of the B
+    num_tokens: int
+    source: Tensor | None  # (b · n,) the token that stands in each cell; in padding, any token
+    cells: Tensor | None  # (num_tokens,) the cell in which each token stands
+    alive: Tensor | None  # (b, n) bool, False in padding
+    bias: Tensor | None  # (b, 1, 1, n) for the attention logits: 0, and -inf in padding
+    query_rows: int | None  # so many queries of each sequence attend at a time; None (in an exported graph): all
+
+    def lay(self, x: Tensor) -> Tensor:
+        """x (num_tokens, C) -> (b, n, C)."""
+        rows = self.sequences.stop - self.sequences.start
+        return (x if self.source is None else x.index_select(0, self.source)).unflatten(0, (rows, -1))
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """x (b, n, ...) -> (num_tokens, ...): the inverse of `lay`."""
+        return x.flatten(0, 1) if self.cells is None else x.flatten(0, 1)[self.cells]
 
 
-def to_grid(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Lays a flat run of sequences (T, C) on a grid (b, n_max, C).
+def make_grids(seqs: Sequences) -> list[Grid]:
+    """Grids for all sequences, from left to right, as few as the limits allow."""
+    max_area, max_padding = seqs.GPU_LIMITS if seqs.lengths.is_cuda else seqs.CPU_LIMITS
+    grids, first, longest, used = [], 0, 0, 0  # used: Σ n², the area that is no padding
+    for i, n in enumerate(seqs.sizes):
+        rows = i - first + 1
+        area = rows * max(longest, n) ** 2
+        if rows > 1 and (area > max_area or area - used - n * n > max_padding * rows):
+            grids.append(make_grid(seqs, first, i, longest, max_area))
+            first, longest, used = i, 0, 0
+        longest, used = max(longest, n), used + n * n
+    return [*grids, make_grid(seqs, first, len(seqs.sizes), longest, max_area)]
 
-    Returns the grid; alive (b, n_max) bool; and index (T,), each token's place on the flattened grid. The last two are
-    None where all sequences are of one length: there is no padding, and the grid is only a view.
-    """
-    b, n_max = len(lengths), max(lengths)
-    if b * n_max == len(x):
-        return x.view(b, n_max, -1), None, None
-    sizes = torch.tensor(lengths, device=x.device)
-    place = torch.arange(n_max, device=x.device)
-    alive = place < sizes[:, None]
-    # Padding repeats some token of the batch: whatever stands there is masked.
-    source = (sequence_starts(sizes)[:, None] + place).clamp(max=len(x) - 1)
-    index = alive.flatten().nonzero().squeeze(1)
-    return x.index_select(0, source.flatten()).view(b, n_max, -1), alive, index
+
+def make_grid(seqs: Sequences, first: int, stop: int, n: int, max_area: int) -> Grid:
+    """The grid of the sequences `first` to `stop` - 1, of which the longest has n tokens."""
+    rows, num_tokens, device = stop - first, sum(seqs.sizes[first:stop]), seqs.lengths.device
+    query_rows = max(1, max_area // (rows * n))
+    if rows * n == num_tokens:
+        return Grid(slice(first, stop), num_tokens, None, None, None, None, query_rows)
+    column, lengths = torch.arange(n, device=device), seqs.lengths[first:stop]
+    starts = seqs.starts[first:stop] - seqs.starts[first]
+    source = (starts[:, None] + column).clamp(max=num_tokens - 1).flatten()
+    # A token's cell is its place in the run, moved right by the padding of the rows above.
+    moved = torch.arange(rows, device=device) * n - starts
+    cells = torch.arange(num_tokens, device=device) + moved.repeat_interleave(lengths, output_size=num_tokens)
+    alive = column < lengths[:, None]
+    bias = torch.zeros(alive.shape, device=device).masked_fill(~alive, -math.inf)[:, None, None]
+    return Grid(slice(first, stop), num_tokens, source, cells, alive, bias, query_rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -536,25 +570,25 @@ def to_grid(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None, Tenso
 
 
 class Layer(nn.Module):
-    """One post-norm Transformer layer in two blocks, with the place for pruning between them."""
+    """One post-norm Transformer layer in two blocks. Tokens are dropped between them."""
 
     def __init__(self, config: Config):
         super().__init__()
         D, eps = config.hidden_size, config.layer_norm_eps
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(D, eps)
-        self.intermediate = Linear(D, config.intermediate_size)
-        self.output = Linear(config.intermediate_size, D)
+        self.intermediate = nn.Linear(D, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, D)
         self.output_norm = nn.LayerNorm(D, eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def attention_block(
-        self, x: Tensor, lengths: Tensor, presence: Tensor | None, score: bool, cls_only: bool
+        self, x: Tensor, seqs: Sequences, score: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """x (T, D) -> x (T, D), or (B, D) if `cls_only`; attention received by each token (T,) if `score`."""
-        attended, received = self.attention(x, lengths, presence, score, cls_only)
-        residual = x[sequence_starts(lengths)] if cls_only else x
+        """x (T, D) -> (T, D), or (B, D) if `first_only`; attention received by each token (T,) if `score`."""
+        attended, received = self.attention(x, seqs, score, first_only)
+        residual = x[seqs.starts] if first_only else x
         return self.attention_norm(residual + self.dropout(attended)), received
 
     def feed_forward_block(self, x: Tensor) -> Tensor:
@@ -571,39 +605,41 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.position_offset = config.position_offset
 
-    def forward(self, token_ids: Tensor, segment_ids: Tensor, positions: Tensor) -> Tensor:
-        """Three (T,) -> (T, D)."""
-        if self.segment.num_embeddings == 1:
-            segment_ids = torch.zeros_like(segment_ids)  # the model does not tell segments apart
-        x = self.word(token_ids) + self.segment(segment_ids) + self.position(positions + self.position_offset)
-        return self.dropout(self.norm(x))
+    def forward(self, batch: Batch) -> Tensor:
+        """-> (T, D)."""
+        # A model with one segment embedding does not tell segments apart.
+        segment_ids = batch.segment_ids if self.segment.num_embeddings > 1 else torch.zeros_like(batch.segment_ids)
+        positions = batch.positions + self.position_offset
+        return self.dropout(
+            self.norm(self.word(batch.token_ids) + self.segment(segment_ids) + self.position(positions))
+        )
 
 
-class LayerTrace(NamedTuple):
-    """What one layer saw and decided, T_l tokens entering it."""
+class Step(NamedTuple):
+    """What one layer saw and decided."""
 
-    tokens: Tensor  # (T_l,) their indices in the batch as it was given
-    importance: Tensor  # (T_l,) s_l
-    keep: Tensor  # (T_l,) bool
+    tokens: Tensor  # (T_l,) which of the batch's T tokens entered the layer
+    scores: Tensor | None  # (T_l,) their importance, where the pruner needs it
+    decision: Decision
 
 
 class Output(NamedTuple):
-    """What the model returns; T counts the tokens of the batch as it was given."""
+    """What the model returns. Counts and traces are read off the steps."""
 
-    logits: Tensor  # (B, labels); (T, labels) of a head that answers for each token, in the order given
-    # (L, B) if `count`: tokens of each sequence leaving each layer, int64; in soft pruning Σ_t Π_k≤l m_k(t), float32
-    kept: Tensor | None
-    soft_mask_sum: Tensor | None  # (), Σ_l Σ_t m_l(t) in soft pruning: the regulariser, to be divided by T
-    # (T, D) if `per_token`: each token's last state, a pruned one's from the layer that dropped it
-    hidden: Tensor | None
-    trace: list[LayerTrace] | None  # L of them if `trace`
+    logits: Tensor  # (B, labels), or (T, labels) of a head that answers for each token, in the batch's order
+    steps: list[Step]  # L of them
+
+    @property
+    def kept(self) -> Tensor:
+        """(L, B) tokens of each sequence that survive each layer; with soft masks, sums of shares."""
+        return torch.stack([step.decision.kept for step in self.steps])
 
 
 class Model(nn.Module):
-    """The packed, pruned encoder with its head: an answer a sequence (a class or a score), or an answer a token."""
+    """The packed, pruned encoder with its head."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -611,127 +647,112 @@ class Model(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.head = Head(config) if config.head == "sequence" else TokenHead(config)
-        self.thresholds = nn.Parameter(
-            threshold_ladder(config.final_token_threshold, config.num_hidden_layers), requires_grad=False
-        )
+        ladder = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
+        self.thresholds = nn.Parameter(ladder, requires_grad=False)  # soft training turns the gradient on
 
-    def pack(self) -> Model:
-        """Gives each layer a copy of its weights that a CPU multiplies faster where tokens are few: twice as fast at 25.
+    def pruner(self, count_last: bool = True) -> Dense:
+        """The pruner that the configuration names for inference. count_last: see `Hard`."""
+        if self.config.prune_mode == "absolute_threshold":
+            return Hard(self.thresholds, count_last)
+        if self.config.prune_mode == "topk":
+            return TopK(topk_rates(self.config.token_keep_rate, len(self.layers)))
+        return Dense()
 
-        For float32 inference with weights that stay as they are; it takes their memory a second time, and `train` drops
-        it. Does nothing on other devices. Returns the model.
-        """
-        for part in self.layers.modules():
-            if isinstance(part, Linear):
-                part.pack()
-        return self
-
-    @property
-    def pruning(self) -> str:
-        """How this model prunes in inference, from its configuration: "none", "hard" or "topk"."""
-        return {None: "none", "absolute_threshold": "hard", "topk": "topk"}[self.config.prune_mode]
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        segment_ids: Tensor,
-        positions: Tensor,
-        lengths: Tensor,
-        pruning: str | None = None,
-        temperature: float | None = None,
-        mask_floor: float = 0.0,
-        mask_attention: bool = False,
-        per_token: bool = False,
-        trace: bool = False,
-        count: bool = True,
-    ) -> Output:
-        """Answers for a packed batch.
-
-        token_ids, segment_ids, positions (T,): the sequences one after the other; positions count from 0 in each.
-        lengths (B,): their lengths, each at least 1.
-        pruning: "none", "soft" (needs `temperature`), "hard" or "topk"; default: what the configuration says.
-        mask_floor: tokens whose soft mask falls below it are dropped in soft pruning too.
-        mask_attention: let soft masks multiply the token's presence in the attention of all later layers, which comes to
-            dropping it as the mask goes to 0, and not, as in the paper, the output of the layer.
-        per_token: also return each token's last hidden state, pruned tokens' included, in the order given.
-        trace: also return every layer's scores and decisions.
-        count: also tell how many tokens are kept. Without it, hard pruning has no use for the last layer's scores: they
-            would change no logits.
-        """
-        pruning = self.pruning if pruning is None else pruning
-        config, L = self.config, len(self.layers)
-        per_token = per_token or config.head != "sequence"
-        original_lengths = lengths
-        rates = topk_rates(config.token_keep_rate, L)
-        thresholds = self.thresholds.tolist() if pruning == "hard" else None
-        kept, traces, soft_mask_sum = [], [], None
-
-        x = self.embeddings(token_ids, segment_ids, positions)
-        # Of each token that is still here: which of the T it is, whether it may go, and its masks' product (soft).
-        tokens = torch.arange(len(x), device=x.device)
-        protected = torch.zeros_like(tokens, dtype=torch.bool).index_fill(0, sequence_starts(lengths), True)
-        if config.head == "span" and config.protect_question:
-            protected = protected | (segment_ids == 0)
-        survival = torch.ones(len(x), device=x.device)
-        hidden = torch.zeros_like(x) if per_token else None  # states of tokens that have gone
-
-        for index, layer in enumerate(self.layers):
-            cls_only = index == L - 1 and not per_token  # a classifier reads nothing else of the last layer
-            drops = pruning == "hard" and thresholds[index] > 0 or pruning == "topk" and rates[index] < 1
-            # No score is computed where no token can be dropped: attention takes its fastest form then. Of a classifier's
-            # last layer only the first token is read, so that its scores serve counting alone; top-k's counts need none.
-            read = not cls_only or count and pruning == "hard"
-            score = trace or pruning == "soft" or drops and read
-            presence = survival if pruning == "soft" and mask_attention and index else None
-            x, received = layer.attention_block(x, lengths, presence, score, cls_only)
-
-            keep = mask = None
-            if score:
-                by_length = config.score_norm == "length"
-                N = original_lengths[sequence_ids(lengths)] if by_length else config.max_seq_length
-                scores = importance(received, config.num_attention_heads, N)
-                if pruning == "soft":
-                    mask = soft_mask(scores, self.thresholds[index], temperature, protected)
-                    soft_mask_sum = mask.sum() if soft_mask_sum is None else soft_mask_sum + mask.sum()
-                    if per_token:
-                        hidden = hidden.index_add(0, tokens, (survival * (1 - mask))[:, None] * x)
-                    survival = survival * mask
-                    soft_count = mask.new_zeros(len(lengths)).index_add(0, sequence_ids(lengths), survival)
-                    keep = mask >= mask_floor if mask_floor else None
-                elif drops and pruning == "hard":
-                    keep = keep_by_threshold(scores, self.thresholds[index], protected)
-                elif drops:
-                    counts = topk_counts(original_lengths, rates[index]).maximum(sum_by_sequence(protected, lengths))
-                    keep = keep_topk(scores, lengths, counts, protected)
-                if trace:
-                    everything = torch.ones_like(tokens, dtype=torch.bool)
-                    traces.append(LayerTrace(tokens, scores, everything if keep is None else keep))
-
-            # Drop: from here on a pruned token is in no product. (In the last layer x may hold the first tokens only.)
-            if keep is not None and len(alive := keep.nonzero().squeeze(1)) < len(keep):
-                if per_token:
-                    gone = (~keep).nonzero().squeeze(1)
-                    hidden = hidden.index_add(0, tokens[gone], survival[gone, None] * x[gone])
-                x = x if cls_only else x[alive]
-                tokens, protected, survival = tokens[alive], protected[alive], survival[alive]
-                mask = None if mask is None else mask[alive]
-                lengths = sum_by_sequence(keep, lengths)
-            elif drops and pruning == "topk" and not score:
-                lengths = topk_counts(original_lengths, rates[index])  # only the numbers: x holds the first tokens
-            kept.append(soft_count if pruning == "soft" else lengths)
-
+    def forward(self, batch: Batch, pruner: Dense | None = None, layout: Callable = Sequences) -> Output:
+        """Answers for a batch. pruner: default, the one of the configuration. layout: what makes Sequences of lengths (an
+        exporter has another)."""
+        pruner = self.pruner() if pruner is None else pruner
+        seqs = layout(batch.lengths)
+        alive = self.all_tokens(batch, seqs)
+        x = self.embeddings(batch)
+        # Where every token has an answer, its state is added here as it is dropped, in shares that sum to 1.
+        exits = None if self.config.head == "sequence" else torch.zeros_like(x)  # (T, D)
+        steps = []
+        for l, layer in enumerate(self.layers):
+            last = l == len(self.layers) - 1
+            first_only = last and exits is None  # a classifier reads the first tokens: x becomes (B, D)
+            x, received = layer.attention_block(x, seqs, pruner.needs_scores(l, seqs, first_only), first_only)
+            scores = None if received is None else self.importance(received, seqs)
+            decision = pruner.decide(l, scores, alive, seqs)
+            steps.append(Step(alive.tokens, scores, decision))
+            if exits is not None:
+                exits = add_dropped(exits, x, alive, decision)
+            if decision.keep is not None and not first_only:
+                seqs, survivors = seqs.drop(decision.keep, decision.kept)
+                if survivors is not None:  # a dropped token is in no product from here on
+                    x, alive = x[survivors], alive.at(survivors)
             x = layer.feed_forward_block(x)
-            if mask is not None and not mask_attention and index < L - 1:
-                x = x * mask[:, None].to(x.dtype)
+            if decision.mask is not None:
+                alive = alive._replace(share=alive.share * decision.mask)
+                # The paper masks a layer's output, though dropping comes before the feed-forward block. The last layer's
+                # output needs no mask: a first token's is 1, and other heads weigh by shares. So of a classifier's last
+                # threshold only the regulariser has a gradient.
+                x = x if last else x * decision.mask[:, None].to(x.dtype)
+        if exits is not None:
+            x = exits.index_add(0, alive.tokens, alive.share[:, None].to(x.dtype) * x)
+        return Output(self.head(x), steps)
 
-        if per_token:
-            hidden = hidden.index_add(0, tokens, survival[:, None] * x)
-        if config.head == "sequence":
-            logits = self.head(x[sequence_starts(lengths)] if per_token else x)
-        else:
-            logits = self.head(hidden)
-        kept = torch.stack(kept) if count else None
-        return Output(logits, kept, soft_mask_sum, hidden, traces if trace else None)
+    def all_tokens(self, batch: Batch, seqs: Sequences) -> Alive:
+        """Every token of the batch, the first of each sequence protected."""
+        tokens = torch.arange(seqs.num_tokens, device=batch.token_ids.device)
+        protected = torch.zeros_like(tokens, dtype=torch.bool).index_fill(0, seqs.starts, True)
+        if self.config.head == "span" and self.config.protect_question:
+            protected = protected | (batch.segment_ids == 0)
+        return Alive(tokens, protected, torch.ones_like(tokens, dtype=torch.float32))
+
+    def importance(self, received: Tensor, seqs: Sequences) -> Tensor:
+        """The score of each token (T,), with the N that `score_norm` names."""
+        by_length = self.config.score_norm == "length"
+        N = seqs.original_lengths[seqs.ids] if by_length else self.config.max_seq_length
+        return importance(received, self.config.num_attention_heads, N)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Model:
+        """Reads the config.json and model.safetensors of a Hugging Face folder, its head included, for inference.
+
+        It checks nothing, and knows the names of RoBERTa and BERT alone. A folder without thresholds gets
+        `threshold_ladder`. Raises: OSError, KeyError.
+        """
+        config = Config.from_dict(json.loads(Path(folder, "config.json").read_text(encoding="utf-8")))
+        tensors = load_file(Path(folder, "model.safetensors"))
+        model = cls(config)
+        state = model.state_dict()
+        for name in state:
+            if name != "thresholds" or THRESHOLDS in tensors:
+                state[name] = torch.cat([tensors[part].float() for part in tensor_names(name, config)])
+        model.load_state_dict(state)
+        return model.eval()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes config.json and model.safetensors. `transformers` opens the folder as the dense model."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        Path(folder, "config.json").write_text(text, encoding="utf-8")
+        save_file(self.hub_tensors(), Path(folder, "model.safetensors"), metadata={"format": "pt"})
+
+    def hub_tensors(self) -> dict[str, Tensor]:
+        """The weights on the CPU under their Hugging Face names; the thresholds only where they prune."""
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if name != "thresholds" or self.config.prune_mode == "absolute_threshold":
+                names = tensor_names(name, self.config)
+                tensors |= zip(names, (part.cpu().contiguous() for part in tensor.chunk(len(names))))
+        return tensors
+
+
+def add_dropped(exits: Tensor, x: Tensor, alive: Alive, decision: Decision) -> Tensor:
+    """Adds to exits (T, D) the state x (T_l, D) of each token times the share of it that this layer drops.
+
+    A soft mask drops 1 - m of what is left of a token. (That earlier masks have scaled the state does not count twice:
+    the layer norms restore its scale.)
+    """
+    if decision.mask is not None:
+        dropped = alive.share * (1 - decision.mask)
+    elif decision.keep is not None:
+        dropped = alive.share * ~decision.keep
+    else:
+        return exits
+    return exits.index_add(0, alive.tokens, dropped[:, None].to(x.dtype) * x)
 
 
 class Head(nn.Module):
@@ -742,8 +763,8 @@ class Head(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, len(config.labels))
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = Dropout(rate)
-        self.input_dropout = Dropout(rate if config.family == "roberta" else 0.0)
+        self.dropout = nn.Dropout(rate)
+        self.input_dropout = nn.Dropout(rate if config.family == "roberta" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.dropout(torch.tanh(self.dense(self.input_dropout(x)))))
@@ -755,7 +776,7 @@ class TokenHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = Dropout(rate if config.head == "token" else 0.0)
+        self.dropout = nn.Dropout(rate if config.head == "token" else 0.0)
         self.output = nn.Linear(config.hidden_size, len(config.labels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -778,11 +799,11 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator | None 
 
 
 def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
-    """Multiply-accumulates of each layer and sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out.
+    """Multiply-accumulates of each layer and sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out; 2 FLOPs each.
 
-    lengths (B,) and kept (L, B), int64 -> (L, B); 2 FLOPs each. The formula of the authors' release with the true
-    feed-forward width: it follows the pruning rule alone, so embeddings, head and the last layer's saving do not count.
-    The dense model's are those with `kept` equal to `lengths` in every layer. Soft counts give a differentiable result.
+    lengths (B,), kept (L, B) tokens surviving each layer -> (L, B). This is the formula of the authors' release with the
+    true feed-forward width. It follows the pruning rule alone: embeddings, head and the last layer's saving do not
+    count. The dense model's FLOPs are those with `kept` equal to `lengths`. Soft counts give a differentiable result.
     """
     D, F = config.hidden_size, config.intermediate_size
     entering = torch.cat([lengths[None], kept[:-1]])
@@ -797,19 +818,18 @@ def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
 def last_layer_saving(config: Config, entering: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each sequence that `macs` counts and a classifier's last layer does not do.
 
-    entering, kept (B,): tokens before and after the last layer's pruning. One query, output projection and feed-forward
-    pass remain (and where all tokens are scored, see `count` in `Model.forward`, the queries). A head that answers for
-    each token saves nothing.
+    entering, kept (B,): tokens before and after the last layer's pruning. One query, one output projection and one
+    feed-forward pass remain, where the layer is not scored. A head that answers for each token saves nothing.
     """
     if config.head != "sequence":
         return torch.zeros_like(kept)
     D, F = config.hidden_size, config.intermediate_size
-    counted = layer_macs(config, entering, kept[None])[0]
-    return counted - (2 * D * D * entering + 2 * D * entering + 2 * D * D + 2 * D * F)
+    keys_and_values, one_query, feed_forward = 2 * D * D * entering, 2 * D * D + 2 * D * entering, 2 * D * F
+    return layer_macs(config, entering, kept[None])[0] - keys_and_values - one_query - feed_forward
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: ordinary Hugging Face folders
+# Hugging Face names
 
 THRESHOLDS = "ltp.thresholds"
 # Ours -> theirs, after the family's prefix. Query, key and value are three tensors there and one here.
@@ -838,21 +858,12 @@ def head_names(config: Config) -> dict[str, str]:
     return {"dense": "classifier.dense", "output": "classifier.out_proj"}
 
 
-# Tensors that a folder may hold and this encoder has no use for: pretraining heads, poolers that the head does not
-# read, position indices, and I-BERT's quantization buffers.
-UNUSED = re.compile(
-    r"^(lm_head|cls|qa_outputs)\.|^(roberta|bert)\.pooler\.|(^|\.)position_ids$|"
-    r"\.(x_min|x_max|act_scaling_factor|weight_integer|weight_scaling_factor|bias_integer|fc_scaling_factor|shift)$"
-)
-
-
 def tensor_names(name: str, config: Config) -> list[str]:
-    """The checkpoint's name of one of our parameters; three for the fused query, key and value.
+    """The Hugging Face name of one of our parameters; three names for the fused query, key and value.
 
     >>> tensor_names("layers.0.attention.query_key_value.bias", Config(9, 2, 2, 1, 3, 20, "bert"))[1]
     'bert.encoder.layer.0.attention.self.key.bias'
     """
-    family = config.family
     if name == "thresholds":
         return [THRESHOLDS]
     path, kind = name.rsplit(".", 1)
@@ -860,264 +871,8 @@ def tensor_names(name: str, config: Config) -> list[str]:
     if group == "head":
         return [f"{head_names(config)[rest]}.{kind}"]
     if group == "embeddings":
-        return [f"{family}.embeddings.{EMBEDDING_NAMES[rest]}.{kind}"]
+        return [f"{config.family}.embeddings.{EMBEDDING_NAMES[rest]}.{kind}"]
     number, rest = rest.split(".", 1)
-    theirs = f"{family}.encoder.layer.{number}.{LAYER_NAMES[rest]}.{kind}"
+    theirs = f"{config.family}.encoder.layer.{number}.{LAYER_NAMES[rest]}.{kind}"
     parts = ("query", "key", "value")
     return [theirs.replace("{query,key,value}", part) for part in parts] if "{" in theirs else [theirs]
-
-
-def release_thresholds(tensors: dict[str, Tensor], config: Config, folder: Path) -> Tensor | None:
-    """Takes the thresholds of a folder that the authors' release wrote out of its `tensors`; None where it has none.
-
-    Their layers hold learned offsets to a ladder that counts layers from 0, θ_l = θ_final · l / L + keep_threshold_l.
-    Returns (L,). Raises: InputError for a layer without one, and a folder that does not tell θ_final.
-    """
-    found = {}
-    for name in tensors:
-        place = re.search(r"\bencoder\.layer\.(\d+)\..*\bkeep_threshold$", name)
-        if place:
-            found[int(place[1])] = name
-    if not found:
-        return None
-    if sorted(found) != list(range(config.num_hidden_layers)):
-        raise InputError(f"{folder}: has {found[max(found)]}, but not one keep_threshold for each layer")
-    final = config.other.get("final_token_threshold")
-    if final is None:
-        raise InputError(
-            f"{folder}/config.json: final_token_threshold is missing, from which the thresholds are offsets"
-        )
-    for name in found.values():
-        if tensors[name].numel() != 1 or not tensors[name].isfinite().all():
-            raise InputError(f"{folder}: the tensor {name} is not one finite number")
-    offsets = torch.stack([tensors.pop(found[l]).float().flatten()[0] for l in range(len(found))])
-    return final * torch.arange(len(found)) / len(found) + offsets
-
-
-class Loaded(NamedTuple):
-    """What `load_model` returns."""
-
-    model: Model
-    has_thresholds: bool  # whether the folder held thresholds of its own
-    notes: list[str]  # what the user should be told
-
-
-def find_model(name: str, option: str = "--restore") -> Path:
-    """The folder of a model: `name` itself, or the copy of a hub model in the local cache, fetched at need.
-
-    A hub name may say which revision, a branch, tag or commit: "name@revision".
-    Raises: InputError, speaking of the command line's `option`, if it is neither.
-    """
-    on_hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", name)
-    if Path(name).exists() or not on_hub:
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.txt", "model*.safetensors"]
-        folder = Path(snapshot_download(on_hub[1], revision=on_hub[2], allow_patterns=wanted))
-        if not any(folder.glob("model*.safetensors")):
-            wanted.append("pytorch_model*.bin")
-            folder = Path(snapshot_download(on_hub[1], revision=on_hub[2], allow_patterns=wanted))
-        return folder
-    except Exception as error:  # offline, unknown or private: the library's errors have no common class
-        raise InputError(
-            f"{option} {name}: no such folder here, and the hub gave no model of that name"
-            f"{' and revision' if on_hub[2] else ''} ({type(error).__name__})"
-        ) from None
-
-
-def load_config(folder: str | Path) -> Config:
-    """Reads the folder's config.json. Raises: InputError."""
-    path = Path(folder) / "config.json"
-    if not path.parent.is_dir():
-        raise InputError(f"{folder}: no such model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; a model folder has config.json, its weights and its tokenizer") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    return Config.from_dict(raw, str(path))
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder: model.safetensors or else pytorch_model.bin, each in one file or in shards.
-
-    Raises: InputError for a missing or damaged file. Pickles are read with weights_only=True: they cannot run code.
-    """
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        path = folder / name
-        if path.is_file():
-            break
-    else:
-        raise InputError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin")
-    shards = [path]
-    if name.endswith(".index.json"):
-        try:
-            shards = sorted({folder / shard for shard in json.loads(path.read_text("utf-8"))["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: not a shard index ({type(error).__name__}: {error})") from None
-    tensors = {}
-    for shard in shards:
-        try:
-            if ".safetensors" in name:
-                with safe_open(shard, "pt") as file:
-                    tensors |= {key: file.get_tensor(key) for key in file.keys()}
-            else:
-                tensors |= torch.load(shard, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise InputError(f"{shard}: not found, though {path.name} names it") from None
-        except Exception as error:  # damaged files raise whatever their readers meet first
-            reason = str(error).strip().split("\n")[0][:200]
-            raise InputError(f"{shard}: damaged or not a weights file ({type(error).__name__}: {reason})") from None
-    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
-        raise InputError(f"{path}: holds other things than named tensors; expected a state dict")
-    # Conversions from TensorFlow call a norm's weight gamma and its bias beta.
-    old_names = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    return {re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: old_names[m[0]], name): t for name, t in tensors.items()}
-
-
-def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_head: bool = False, **changes) -> Loaded:
-    """Reads a model folder, in float32 on the CPU, in evaluation mode.
-
-    labels: names of the classes the head must have, in order; default: the folder's. A head with the same names in
-    another order is permuted.
-    new_head: give a folder without a head, or with one for another number of classes, a fresh one, and say so in the
-    notes; otherwise that is an error.
-    changes: configuration fields to replace.
-    Raises: InputError naming file and tensor for whatever is missing, unknown, of a wrong shape or not finite.
-    """
-    folder = Path(folder)
-    config = load_config(folder)
-    found_head = config.head
-    config = replace(config, **changes)
-    family = config.family
-    # Bare encoders have no prefix; I-BERT and the authors' LTP have their own.
-    prefix = re.compile(r"^(roberta|bert|ibert|ltp)\.|^(?=(embeddings|encoder|pooler)\.)")
-    tensors = {
-        prefix.sub(f"{family}.", name) if name != THRESHOLDS else name: tensor
-        for name, tensor in read_tensors(folder).items()
-    }
-    notes = []
-
-    head_weight = f"{head_names(config)['output']}.weight"
-    old_head = tensors.get(head_weight) if config.head == found_head else None
-    labels = config.labels if labels is None else tuple(labels)
-    fits = old_head is not None and len(config.labels) == len(labels)
-    kind = "classification head" if config.head == "sequence" else f"{config.head} head"
-    if not fits and not new_head:
-        raise InputError(
-            f"{folder}: the {kind} ({head_weight}) "
-            + ("is missing" if old_head is None else f"has {plural(len(config.labels), 'output')}, not {len(labels)}")
-            + "; fine-tune this model on the task first"
-        )
-    fresh = {}
-    # The same labels in another order, perhaps in other case, are the same head with its rows in that order.
-    order = {name: i for i, name in enumerate(config.labels)}
-    if set(order) != set(labels):
-        order = {name.lower(): i for i, name in enumerate(config.labels)}
-    named = [name if name in order else name.lower() for name in labels]
-    if not fits:
-        found = (
-            "the folder has none" if old_head is None else f"the folder's has {plural(len(config.labels), 'output')}"
-        )
-        notes.append(f"the {kind} is new, with {plural(len(labels), 'output')}: {found}")
-        tensors = {n: tensor for n, tensor in tensors.items() if not n.startswith(("classifier.", "qa_outputs."))}
-        head = (Head if config.head == "sequence" else TokenHead)(replace(config, labels=labels))
-        initialize(head, config.initializer_range)
-        fresh = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    elif len(order) == len(labels) and sorted(order) == sorted(named):
-        for name in (head_weight, head_weight.replace("weight", "bias")):
-            if name in tensors and tensors[name].shape[:1] == (len(labels),):
-                tensors[name] = tensors[name][[order[label] for label in named]]
-    elif len(labels) > 1 and not config.labels[0].startswith("LABEL_"):
-        notes.append(f"the {kind} for {', '.join(config.labels)} now stands for {', '.join(labels)}")
-    config = replace(config, labels=labels)
-    if THRESHOLDS not in tensors:
-        theirs = release_thresholds(tensors, config, folder)
-        if theirs is not None:
-            tensors[THRESHOLDS] = theirs
-    has_thresholds = THRESHOLDS in tensors
-    fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
-
-    with torch.device("meta"):  # no time or memory for weights that are replaced at once
-        model = Model(config)
-    state = {}
-    for name, parameter in model.state_dict().items():
-        names = tensor_names(name, config)
-        if name in fresh and names[0] not in tensors:
-            state[name] = fresh[name]
-            continue
-        wanted = (parameter.size(0) // len(names), *parameter.shape[1:])
-        for part in names:
-            if part not in tensors:
-                raise InputError(f"{folder}: the tensor {part} is missing from the weights")
-            if tuple(tensors[part].shape) != wanted:
-                shape = tuple(tensors[part].shape)
-                raise InputError(f"{folder}: the tensor {part} has shape {shape}, but config.json asks for {wanted}")
-            if not tensors[part].is_floating_point():
-                raise InputError(
-                    f"{folder}: the tensor {part} is of type {tensors[part].dtype}, expected floating point"
-                )
-            if not tensors[part].isfinite().all():
-                raise InputError(f"{folder}: the tensor {part} holds values that are not finite numbers")
-        state[name] = torch.cat([tensors.pop(part).float() for part in names])
-    unknown = sorted(name for name in tensors if not UNUSED.search(name))
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise InputError(f"{folder}: the tensor {unknown[0]}{more} is not part of a {config.model_type} classifier")
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(True).thresholds.requires_grad_(False)
-    return Loaded(model.eval(), has_thresholds, notes)
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside and renames, so that `path` is at every moment either the old file or the whole new one.
-
-    Through a link, into the file that it names; into a device or a pipe directly. Raises: InputError.
-    """
-    for descriptor in (1, 2):  # a file that our output goes to, such as /dev/stdout may be, must not be replaced
-        with contextlib.suppress(OSError):  # not there, or closed
-            if path.is_file() and os.path.samestat(path.stat(), os.fstat(descriptor)):
-                raise InputError(f"{path}: is the file that this program's output goes to; name another")
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            write(path)
-            return
-        place = path.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-    except OSError as error:
-        raise InputError(f"{path}: could not be written ({error})") from None
-    os.close(handle)
-    try:
-        write(Path(beside))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # mkstemp's files are private
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, place)
-    except (OSError, SafetensorError) as error:  # a full disk, most of the time
-        raise InputError(f"{path}: could not be written ({error}); what was there before is untouched") from None
-    finally:
-        Path(beside).unlink(missing_ok=True)
-
-
-def save_model(folder: str | Path, model: Model) -> None:
-    """Writes config.json and model.safetensors; `transformers` opens the folder as the dense model."""
-    config, tensors = model.config, {}
-    for name, tensor in model.state_dict().items():
-        if name == "thresholds" and config.prune_mode != "absolute_threshold":
-            continue
-        names = tensor_names(name, config)
-        tensors |= zip(names, (part.cpu().contiguous() for part in tensor.chunk(len(names))))
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_file(Path(folder) / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-    write_file(Path(folder) / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -3,15 +3,14 @@
     python -m pip install -r benchmarks/requirements.txt
     python benchmarks/compare.py --size base --json benchmarks/base.json
 
-Random weights serve: speed does not depend on them, except for which tokens are pruned, and the thresholds are set so
-that the pruned runs reach the asked FLOPs reductions. All dense logits are compared before anything is timed. Every
-contender gets freed memory kept (train.keep_freed_memory), which helps the others as much as ours.
+The weights are random: speed does not depend on them, except for which tokens are pruned, and the thresholds are set so
+that the pruned runs reach the given FLOPs reductions. All dense logits are compared before anything is timed. Freed
+memory is kept (support.cpu.keep_freed_memory) for every contender, which helps the others as much as ours.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -27,14 +27,23 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Batch, pack  # noqa: E402
-from model import Config, Model, initialize, last_layer_saving, macs, save_model, write_file  # noqa: E402
-from train import keep_freed_memory, relative_flops  # noqa: E402
+from model import Batch, Config, Dense, Hard, Model, initialize, last_layer_saving, macs, pack  # noqa: E402
+from support.checkpoint import save_model  # noqa: E402
+from support.cpu import keep_freed_memory, pack_weights  # noqa: E402
+from support.files import write_json  # noqa: E402
+from tools.inspect import AllScores  # noqa: E402
+from train import relative_flops  # noqa: E402
 
 SIZES = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
 }
+DENSE = "ours, dense"
+TOLERANCE = 1e-3  # of the dense logits
+Run = Callable[[Batch], Tensor]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inputs and thresholds
 
 
 def mrpc_like_lengths(count: int, seed: int) -> list[int]:
@@ -44,19 +53,24 @@ def mrpc_like_lengths(count: int, seed: int) -> list[int]:
 
 
 def done_macs(config: Config, lengths: Tensor, kept: Tensor) -> float:
-    """Multiply-accumulates that are really computed: those of the formula less what the last layer saves."""
+    """Multiply-accumulates that are computed: those of the formula less what the last layer saves."""
     entering = torch.cat([lengths[None], kept])[-2]
     return float((macs(config, lengths, kept) - last_layer_saving(config, entering, kept[-1])).sum())
 
 
+class Reduction(NamedTuple):
+    """Dense FLOPs over a run's FLOPs."""
+
+    by_formula: float
+    done: float  # of what is computed
+
+
 @torch.inference_mode()
-def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> tuple[float, float]:
-    """Thresholds under which the batches take about 1 / `reduction` of the dense FLOPs.
+def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> Reduction:
+    """Sets thresholds under which the batches take about 1 / `reduction` of the dense FLOPs.
 
-    Returns the reduction that they reach by the formula, and of what is really computed.
-
-    The share of tokens that leaves layer l falls linearly with l, at the slope that gives the reduction; each threshold
-    is the quantile of its layer's scores, in the first batch of every four, that gives the layer's share.
+    The share of tokens that leaves layer l falls linearly with l, at the slope that gives the reduction. Each threshold
+    is the quantile of its layer's scores that gives the layer's share, in the first batch of every four.
     """
     L = model.config.num_hidden_layers
     lengths = torch.cat([batch.lengths for batch in batches])
@@ -72,15 +86,16 @@ def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> tupl
         too_mild = relative_flops(model.config, lengths, kept) > 1 / reduction
         low, high = (slope, high) if too_mild else (low, slope)
     model.thresholds.fill_(-1.0)
-    share = 1.0
-    for l, wanted in enumerate(shares(high).flatten().tolist()):
-        scores = torch.cat([model(*batch, pruning="hard", trace=True).trace[l].importance for batch in batches[::4]])
-        model.thresholds[l] = scores.quantile(1 - wanted / share)
-        share = wanted
-    kept = torch.cat([model(*batch, pruning="hard").kept for batch in batches], 1)
-    dense = lengths.expand(L, -1)
-    done = done_macs(model.config, lengths, dense) / done_macs(model.config, lengths, kept)
-    return 1 / relative_flops(model.config, lengths, kept), done
+    previous = 1.0
+    for l, share in enumerate(shares(high).flatten().tolist()):
+        pruner = AllScores(Hard(model.thresholds))
+        scores = torch.cat([model(batch, pruner).steps[l].scores for batch in batches[::4]])
+        model.thresholds[l] = scores.quantile(1 - share / previous)
+        previous = share
+    pruner = model.pruner()
+    kept = torch.cat([model(batch, pruner).kept for batch in batches], 1)
+    done = done_macs(model.config, lengths, lengths.expand(L, -1)) / done_macs(model.config, lengths, kept)
+    return Reduction(1 / relative_flops(model.config, lengths, kept), done)
 
 
 def padded(batch: Batch, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -93,9 +108,30 @@ def padded(batch: Batch, width: int | None = None) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def contenders(folder: Path, compile: bool) -> dict[str, tuple[Callable, int | None]]:
+# ----------------------------------------------------------------------------------------------------------------------
+# Contenders
+
+
+def our_runs(
+    model: Model, batches: list[Batch], reductions: list[float]
+) -> tuple[dict[str, Run], dict[str, Reduction]]:
+    """The dense run and the pruned ones, and the FLOPs reductions that they reach."""
+    dense = Dense()
+    runs: dict[str, Run] = {DENSE: lambda batch: model(batch, dense).logits}
+    reached = {DENSE: Reduction(1.0, 1.0)}
+    for reduction in reductions:
+        pruned = Model(replace(model.config, prune_mode="absolute_threshold")).eval()
+        pruned.load_state_dict(model.state_dict())
+        name = f"ours, {reduction:g}x fewer FLOPs"
+        reached[name] = set_thresholds(pruned, batches, reduction)
+        pruner = pruned.pruner(count_last=False)
+        runs[name] = lambda batch, pruned=pack_weights(pruned), pruner=pruner: pruned(batch, pruner).logits
+    pack_weights(model)
+    return runs, reached
+
+
+def other_libraries(folder: Path, compile: bool) -> dict[str, tuple[Callable, int | None]]:
     """Other libraries' dense runs of the folder: name -> (function of ids and mask to logits, padded width)."""
-    import onnxruntime
     import transformers
 
     def load(attention: str) -> torch.nn.Module:
@@ -112,30 +148,52 @@ def contenders(folder: Path, compile: bool) -> dict[str, tuple[Callable, int | N
     if compile:
         compiled = torch.compile(load("sdpa"), dynamic=True)
         runs["transformers SDPA, torch.compile"] = (lambda ids, mask: compiled(ids, attention_mask=mask).logits, None)
+    runs["ONNX Runtime"] = (onnx_run(load("sdpa"), folder / "model.onnx"), None)
+    return runs
 
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = load("sdpa")
 
-        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-            return self.model(ids, attention_mask=mask).logits
+class LogitsOnly(torch.nn.Module):
+    """A model of transformers that takes ids and mask and returns logits, for the exporter."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, attention_mask=mask).logits
+
+
+def onnx_run(model: torch.nn.Module, file: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Exports a model of transformers to ONNX and runs it in ONNX Runtime."""
+    import onnxruntime
 
     example = (torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long))
     shape = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=512)}
-    file = folder / "model.onnx"
-    torch.onnx.export(
-        Plain(), example, file, dynamo=True, dynamic_shapes=(shape, shape), input_names=["ids", "mask"], verbose=False
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    options = {"dynamo": True, "dynamic_shapes": (shape, shape), "input_names": ["ids", "mask"], "verbose": False}
+    torch.onnx.export(LogitsOnly(model), example, file, **options)
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, session_options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    runs["ONNX Runtime"] = (
-        lambda ids, mask: torch.from_numpy(session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()))))[0]),
-        None,
-    )
-    return runs
+    return lambda ids, mask: torch.from_numpy(session.run(None, dict(zip(names, (ids.numpy(), mask.numpy()))))[0])
+
+
+def add_others(runs: dict[str, Run], folder: Path, batches: list[Batch], compile: bool) -> None:
+    """Adds other libraries' runs to `runs`. Raises: ClickException if their dense logits are not ours."""
+    longest = max(int(batch.lengths.max()) for batch in batches)
+    expected = torch.cat([runs[DENSE](batch) for batch in batches])
+    for name, (run, width) in other_libraries(folder, compile).items():
+        if width and longest > width:
+            continue
+        inputs = {id(batch): padded(batch, width) for batch in batches}
+        runs[name] = lambda batch, run=run, inputs=inputs: run(*inputs[id(batch)])
+        difference = (torch.cat([runs[name](batch) for batch in batches]) - expected).abs().max().item()
+        if difference > TOLERANCE:
+            raise click.ClickException(f"{name}: dense logits differ from ours by {difference:.2e}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurements
 
 
 def product_rate(tokens: int, config: Config) -> Callable[[], float]:
@@ -168,6 +226,83 @@ def peak_memory(run: Callable[[], object]) -> int | None:
     return status("VmHWM") - before
 
 
+def time_in_turn(
+    runs: dict[str, Run], batches: list[Batch], rate: Callable[[], float], repeats: int, generator: np.random.Generator
+) -> tuple[dict[str, float], float]:
+    """The median seconds of a pass over all batches, by run, and the median of `rate`, after a pass to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rates = []
+    for repeat in range(repeats + 1):
+        rates.append(rate())
+        for name in generator.permutation(list(runs)):  # one run may disturb the next: the order changes
+            start = time.perf_counter()
+            for batch in batches:
+                runs[name](batch)
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+            if name == "ONNX Runtime":
+                time.sleep(0.5)  # its threads go on spinning for a while
+    return {name: float(np.median(row)) for name, row in times.items()}, float(np.median(rates[1:]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table_rows(
+    seconds: dict[str, float], reached: dict[str, Reduction], memory: dict[str, int | None], examples: int
+) -> list[dict[str, Any]]:
+    """A record for each run."""
+    rows, dense = [], seconds[DENSE]
+    for name, value in seconds.items():
+        row = {
+            "name": name,
+            "examples_per_second": examples / value,
+            "time_over_ours_dense": value / dense,
+            "peak_memory_bytes": memory[name],
+        }
+        if name in reached:
+            by_formula, done = reached[name]
+            row |= {"flops_reduction": by_formula, "flops_to_time": dense / value / by_formula}
+            row |= {"done_reduction": done, "done_to_time": dense / value / done}
+        rows.append(row)
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    titles = ("examples/s", "ours faster", "FLOPs", "into time", "computed", "into time")
+    widths = (11, 13, 8, 11, 10, 11)
+    click.echo(" " * 36 + "".join(f"{title:>{width}}" for title, width in zip(titles, widths)))
+    for row in rows:
+        tail = "".join(f"{value:{width}.2f}" for value, width in zip(list(row.values())[4:], widths[2:]))
+        click.echo(f"{row['name']:36}{row['examples_per_second']:11.1f}{row['time_over_ours_dense']:12.2f}x{tail}")
+    click.echo("\nmemory at the peak of a batch, MB:")
+    for row in rows:
+        used = row["peak_memory_bytes"]
+        click.echo(f"{row['name']:36}{'?' if used is None else round(used / 1e6):>11}")
+
+
+def make_conditions(options: dict[str, Any], config: Config, lengths: Tensor, product: float) -> dict[str, Any]:
+    """What was measured and how. product: the rate that the dense run reaches by the formula, over one product's."""
+    every_layer = lengths.expand(config.num_hidden_layers, -1)
+    done = done_macs(config, lengths, every_layer) / float(macs(config, lengths, every_layer).sum())
+    return {
+        "size": options["size"],
+        "batch_size": options["batch_size"],
+        "examples": options["examples"],
+        "mean_length": float(lengths.double().mean()),
+        "repeats": options["repeats"],
+        "statistic": "median of passes over all examples, in turn, in random order",
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "order": "by length" if options["by_length"] else "as drawn",
+        "dense_rate_over_one_product": product,
+        "computed_rate_over_one_product": product * done,
+    }
+
+
 @click.command()
 @click.option("--size", type=click.Choice(list(SIZES)), default="base", show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
@@ -186,115 +321,37 @@ def peak_memory(run: Callable[[], object]) -> int | None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table there.")
 @torch.inference_mode()
-def main(size, batch_size, examples, length, by_length, repeats, reductions, compile, others, seed, json_file) -> None:
+def main(**options: Any) -> None:
     """Times a dense RoBERTa and its pruned versions against other libraries, in turn, medians after a warm-up."""
+    seed, size, examples = options["seed"], options["batch_size"], options["examples"]
     torch.manual_seed(seed)
     keep_freed_memory()
-    config = Config(vocab_size=1000, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SIZES[size])
+    config = Config(1000, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SIZES[options["size"]])
     model = Model(config).eval()
     initialize(model, 0.05)
-    lengths = [length] * examples if length else mrpc_like_lengths(examples, seed)
-    lengths = sorted(lengths) if by_length else lengths
+    lengths = [options["length"]] * examples if options["length"] else mrpc_like_lengths(examples, seed)
+    lengths = sorted(lengths) if options["by_length"] else lengths
     generator = np.random.default_rng(seed)
-    batches = [
-        pack([generator.integers(3, 1000, n).tolist() for n in lengths[i : i + batch_size]])
-        for i in range(0, examples, batch_size)
-    ]
-
-    runs: dict[str, Callable[[Batch], Tensor]] = {
-        "ours, dense": lambda batch: model(*batch, pruning="none", count=False).logits
-    }
-    reached = {"ours, dense": (1.0, 1.0)}
-    for wanted in map(float, reductions.split(",")):
-        pruned = Model(replace(config, prune_mode="absolute_threshold")).eval()
-        pruned.load_state_dict(model.state_dict())
-        name = f"ours, {wanted:g}x fewer FLOPs"
-        reached[name] = set_thresholds(pruned, batches, wanted)
-        runs[name] = lambda batch, pruned=pruned.pack(): pruned(*batch, count=False).logits
-    model.pack()
+    sequences = [generator.integers(3, 1000, n).tolist() for n in lengths]
+    batches = [pack(sequences[i : i + size]) for i in range(0, examples, size)]
+    runs, reached = our_runs(model, batches, [float(word) for word in options["reductions"].split(",")])
     with tempfile.TemporaryDirectory() as folder:
-        save_model(folder, model)
-        found = contenders(Path(folder), compile) if others else {}
-        for name, (run, width) in found.items():
-            if length and width and length > width:
-                continue
-            inputs = {id(batch): padded(batch, width) for batch in batches}
-            runs[name] = lambda batch, run=run, inputs=inputs: run(*inputs[id(batch)])
-        expected = torch.cat([runs["ours, dense"](batch) for batch in batches])
-        for name in runs:
-            if name in found:
-                difference = (torch.cat([runs[name](batch) for batch in batches]) - expected).abs().max().item()
-                if difference > 1e-3:
-                    raise click.ClickException(f"{name}: dense logits differ from ours by {difference:.2e}")
-
+        if options["others"]:
+            save_model(folder, model)
+            add_others(runs, Path(folder), batches, options["compile"])
         rate = product_rate(int(batches[len(batches) // 2].lengths.sum()), config)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        rates = []
-        for repeat in range(repeats + 1):
-            rates.append(rate())
-            for name in generator.permutation(list(runs)):  # what ran before may leave its mark: nobody is always next
-                run = runs[name]
-                start = time.perf_counter()
-                for batch in batches:
-                    run(batch)
-                if repeat:
-                    times[name].append(time.perf_counter() - start)
-                if name == "ONNX Runtime":
-                    time.sleep(0.5)  # its threads go on spinning for a while
+        seconds, product = time_in_turn(runs, batches, rate, options["repeats"], generator)
         memory = {name: peak_memory(lambda run=run: run(batches[-1])) for name, run in runs.items()}
-
+    rows = table_rows(seconds, reached, memory, examples)
+    print_rows(rows)
     every = torch.tensor(lengths)
     flops = 2 * float(macs(config, every, every.expand(config.num_hidden_layers, -1)).sum())
-    seconds = {name: float(np.median(row)) for name, row in times.items()}
-    dense = seconds["ours, dense"]
-    rows = []
-    click.echo(
-        f"{'':36}{'examples/s':>11}{'ours faster':>13}{'FLOPs':>8}{'into time':>11}{'computed':>10}{'into time':>11}"
-    )
-    for name, value in seconds.items():
-        row = {
-            "name": name,
-            "examples_per_second": examples / value,
-            "time_over_ours_dense": value / dense,
-            "peak_memory_bytes": memory[name],
-        }
-        if name in reached:
-            by_formula, done = reached[name]
-            row |= {"flops_reduction": by_formula, "flops_to_time": dense / value / by_formula}
-            row |= {"done_reduction": done, "done_to_time": dense / value / done}
-        rows.append(row)
-        tail = "".join(f"{x:{width}.2f}" for x, width in zip(list(row.values())[4:], (8, 11, 10, 11)))
-        click.echo(f"{name:36}{row['examples_per_second']:11.1f}{row['time_over_ours_dense']:12.2f}x{tail}")
-    click.echo("\nmemory at the peak of a batch, MB:")
-    for name, used in memory.items():
-        click.echo(f"{name:36}{'?' if used is None else round(used / 1e6):>11}")
-    share = flops / dense / float(np.median(rates[1:]))
-    every_layer = every.expand(config.num_hidden_layers, -1)
-    done_share = share * done_macs(config, every, every_layer) / float(macs(config, every, every_layer).sum())
-    conditions = {
-        "size": size,
-        "batch_size": batch_size,
-        "examples": examples,
-        "mean_length": float(every.double().mean()),
-        "repeats": repeats,
-        "statistic": "median of passes over all examples, in turn, in random order",
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "order": "by length" if by_length else "as drawn",
-        "dense_rate_over_one_product": share,
-        "computed_rate_over_one_product": done_share,
-    }
-    click.echo(
-        f"\nour dense run reaches {share:.2f} of the rate of one large product by the formula, {done_share:.2f} computed"
-    )
+    conditions = make_conditions(options, config, every, flops / seconds[DENSE] / product)
+    shares = [f"{value:.2f}" for name, value in conditions.items() if "rate" in name]
+    click.echo(f"\nour dense run reaches {shares[0]} of one large product's rate by the formula, {shares[1]} computed")
     click.echo(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in conditions.items() if "rate" not in k))
-    if json_file:
-        write_file(
-            json_file,
-            lambda path: path.write_text(json.dumps({"rows": rows, "conditions": conditions}, indent=2) + "\n"),
-        )
+    if options["json_file"]:
+        write_json(options["json_file"], {"rows": rows, "conditions": conditions})
 
 
 if __name__ == "__main__":

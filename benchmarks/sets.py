@@ -1,8 +1,8 @@
-"""Makes the data sets of the README's tables that are not as they are distributed.
+"""Makes the data sets of the README's tables that differ from the distributed ones.
 
 python benchmarks/sets.py sentences GLUE/SST-2 OUT      10,000 lines of SST-2, sentences rather than phrases
 python benchmarks/sets.py halves GLUE/MRPC OUT          MRPC: the shorter half to train, the longer half to evaluate
-python benchmarks/sets.py names SQUAD OUT               sentences of SQuAD's contexts in lower case: which words are names?
+python benchmarks/sets.py names SQUAD OUT               SQuAD's contexts in lower case: which words are names?
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import write_file  # noqa: E402
-from squad import read_squad  # noqa: E402
+from support.files import write_text  # noqa: E402
+from tasks.squad import read_squad  # noqa: E402
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 OUTPUT = click.Path(file_okay=False, path_type=Path)
@@ -25,7 +25,7 @@ OUTPUT = click.Path(file_okay=False, path_type=Path)
 
 @click.group()
 def main() -> None:
-    """Makes the data sets of the README's tables that are not as they are distributed."""
+    """Makes the data sets of the README's tables that differ from the distributed ones."""
 
 
 def read_lines(path: Path) -> tuple[str, list[str]]:
@@ -35,7 +35,7 @@ def read_lines(path: Path) -> tuple[str, list[str]]:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
-    write_file(path, lambda beside: beside.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_text(path, "\n".join(lines) + "\n")
     click.echo(f"{path}: {len(lines):,} lines")
 
 
@@ -45,10 +45,10 @@ def write_lines(path: Path, lines: list[str]) -> None:
 @click.option("--count", default=10_000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def sentences(source: Path, output: Path, count: int, seed: int) -> None:
-    """SST-2's training file holds each sentence and thousands of phrases cut out of it.
+    """Takes lines of SST-2, whose training file holds each sentence and many phrases cut out of it.
 
-    What is part of no other line counts as a sentence. Sentences come first, in the seed's order; the longest of the
-    other lines fill up.
+    A line that is part of no other counts as a sentence. Sentences come first, in the seed's order. The longest of the
+    other lines make up the rest.
     """
     header, lines = read_lines(source / "train.tsv")
     covered, whole, phrases = set(), [], []
@@ -68,7 +68,7 @@ def sentences(source: Path, output: Path, count: int, seed: int) -> None:
 @click.argument("source", type=FOLDER)
 @click.argument("output", type=OUTPUT)
 def halves(source: Path, output: Path) -> None:
-    """Pairs by the number of their words."""
+    """Sorts pairs by the number of their words: the shorter half to train, the longer half to evaluate."""
     for name in ("train.tsv", "dev.tsv"):
         header, lines = read_lines(source / name)
         lines.sort(key=lambda line: len(line.split()))
@@ -80,9 +80,9 @@ def halves(source: Path, output: Path) -> None:
 @click.argument("source", type=FOLDER)
 @click.argument("output", type=OUTPUT)
 def names(source: Path, output: Path) -> None:
-    """Words that were written with a capital, to be found again in lower case, in CoNLL's layout.
+    """Writes sentences in lower case, in CoNLL's layout: words that had a capital are to be found again.
 
-    Neighbouring ones are one NAME. A sentence's first word counts where its split has it nowhere in lower case.
+    Neighbouring ones make one NAME. A sentence's first word counts if its split has it nowhere in lower case.
     """
     for split in ("train", "dev"):
         path = source / f"{split}-v2.0.json"

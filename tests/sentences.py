@@ -3,8 +3,8 @@
 import random
 from itertools import chain
 
-from data import FILLER
-from tagging import Sentence
+from tasks.tagging import Sentence
+from tools.demo import FILLER
 
 GIVEN = "Anna Boris Clara David Elena Felix Greta Hugo".split()
 FAMILY = "Berg Castro Dumont Eriksen Fontana Gruber Jansen Keller".split()

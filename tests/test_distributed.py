@@ -95,3 +95,22 @@ def test_three_processes_evaluate_like_one(demo, finetuned, tmp_path):
     one, three = (json.loads((tmp_path / f"{n}.json").read_text()) for n in "13")
     for key in ("metrics", "score", "examples", "relative_flops", "kept"):
         assert one[key] == three[key]
+
+
+def test_one_process_of_two_inspects_and_measures(finetuned, tmp_path):
+    shown = launch(2, "inspect", "--restore", finetuned, "a road was excellent .").stdout
+    assert shown.count("no token is dropped") == 1
+    file = tmp_path / "speed.json"
+    options = ("--lengths", "5,9", "--examples", 6, "--repeats", 1, "--bs", 2, "--json", file)
+    assert launch(2, "bench", "--restore", finetuned, *options).stdout.count("FLOPs into time") == 1
+    assert [speed["batch_size"] for speed in json.loads(file.read_text())["speeds"]] == [2]
+
+
+def test_the_error_of_one_process_ends_all(finetuned, tmp_path):
+    """The second of two processes answers the second line, and fails while the first waits for its answers."""
+    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    (tmp_path / "out.jsonl").write_text("old")
+    files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    message = launch(2, "predict", "--restore", finetuned, *files, code=1).stderr
+    assert "line 2: text and text_pair must be strings" in message and "RuntimeError" not in message
+    assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2

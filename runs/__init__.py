@@ -1,0 +1,1 @@
+"""A training run, from a command to a folder."""

@@ -1,0 +1,278 @@
+"""A grid of pruned models of one task, trained one after the other: which accuracy for which share of the FLOPs?"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import Config
+from runs.budget import lowest_rate, protected_tokens, topk_flops
+from runs.checks import check_pruning, known_labels, length_limit
+from runs.stage import EvaluationOptions, Progress, Show, StageRequest, evaluate_checkpoint, run_stage
+from support.checkpoint import load_config
+from support.errors import InputError
+from support.files import write_json, write_text
+from support.process import Process, usual_precision
+from support.settings import STAGES, PruningOptions, Settings, flag, soft_target
+from tasks.base import Source
+from tasks.tokenizer import Tokenizer
+
+# How each method is trained, from the fine-tuned dense model.
+METHODS = {"ltp": ("soft", "hard"), "manual": ("manual",), "topk": ("topk",)}
+# The settings that make a grid, and the methods for which each means something.
+AXES = {
+    "target_flops": ("ltp", "manual", "topk"),
+    "regularization": ("ltp",),
+    "temperature": ("ltp",),
+    "threshold_learning_rate": ("ltp",),
+    "learning_rate": ("ltp", "manual", "topk"),
+    "seed": ("ltp", "manual", "topk"),
+}
+RESULTS = "results.jsonl"
+
+Measure = Callable[[Path], dict[str, Any]]
+
+
+@dataclass
+class SweepRequest:
+    """What the user asks of a sweep."""
+
+    restore: Path  # the fine-tuned dense model
+    source: Source
+    methods: list[str]  # keys of METHODS
+    grid: dict[str, list[Any]]  # keys of AXES -> values
+    output: Path
+    distill: Path | None = None  # the teacher's model folder
+    epochs: float | None = None  # of soft training; None: the stage's usual number, as for all below
+    adapt_epochs: float | None = None  # of the other stages
+    batch_size: int | None = None
+    max_seq_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a method and the settings that it varies."""
+
+    method: str
+    point: tuple[tuple[str, Any], ...]
+    distilled: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of its folder.
+
+        >>> Cell("ltp", (("target_flops", 0.5), ("learning_rate", 5e-05))).name
+        'ltp-target-flops-0.5-lr-5e-05'
+        """
+        words = [self.method, *(f"{flag(name)[2:]}-{value}" for name, value in self.point)]
+        return "-".join(words + ["distilled"] * self.distilled)
+
+
+def run_sweep(
+    request: SweepRequest,
+    process: Process = Process(),
+    measure: Measure | None = None,
+    show: Show = lambda line: None,
+    progress: Progress = lambda **state: None,
+) -> list[dict[str, Any]]:
+    """Trains every cell of the grid that the output folder does not hold yet, and goes on with an interrupted one.
+
+    measure: gives the content of `bench --json` for a model folder. Each model is measured once, when all are trained.
+    None: no speed is measured.
+    Returns one record a model, with those that earlier grids left in output/results.jsonl, where they are written.
+    Raises: InputError; Interrupted after a signal.
+    """
+    results = request.output / RESULTS
+    rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
+    conditions = sweep_conditions(request, process)
+    for name, value in conditions.items():
+        earlier = rows.get("dense", {}).get(name, value)
+        if earlier != value:
+            raise InputError(
+                f"{results}: the sweep there was begun with {name} = {earlier}, not {value}; choose another --output"
+            )
+    config = load_config(request.restore)
+    config = replace(config, max_seq_length=request.max_seq_length or config.max_seq_length)
+    lowest = lowest_topk_budget(request, config, show)
+    length = EvaluationOptions(max_length=request.max_seq_length)
+    dense = evaluate_checkpoint(request.restore, request.source, process, replace(length, dense=True))[0]
+    rows["dense"] = {"name": "dense", "method": "dense"} | conditions | asdict(dense)
+    cells = grid_cells(request.methods, request.grid, lowest, request.distill is not None)
+    for number, cell in enumerate(cells, 1):
+        show(f"\n{number} of {len(cells)}: {cell.name}")
+        stages = cell_stages(cell, request, config)
+        row = {"name": cell.name, "method": cell.method, "folder": str(stages[-1].output), **dict(cell.point)}
+        row |= {"distilled": cell.distilled} | train_cell(stages, config, process, show, progress)
+        # One more evaluation: all rows come from one process in one precision, whoever trained them.
+        row |= asdict(evaluate_checkpoint(stages[-1].output, request.source, process, length)[0])
+        rows[cell.name] = row
+        write_results(results, rows, process)
+    if measure and process.world > 1:
+        show("note: speed is measured in one process; the same command without torchrun does")
+    elif measure:
+        for cell in cells:
+            rows[cell.name]["speedup"] = speedups(rows[cell.name], measure, show)
+    write_results(results, rows, process)
+    return list(rows.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+def grid_cells(
+    methods: list[str], grid: dict[str, list[Any]], lowest_topk: float | None, distilled: bool = False
+) -> list[Cell]:
+    """All points, each run once. A budget below what top-k can reach becomes its lowest."""
+    cells: dict[Cell, None] = {}  # an ordered set
+    for method in methods:
+        axes = [name for name in AXES if grid.get(name) and method in AXES[name]]
+        for values in itertools.product(*(grid[name] for name in axes)):
+            point = dict(zip(axes, values))
+            if method == "topk" and "target_flops" in point:
+                point["target_flops"] = max(point["target_flops"], lowest_topk)
+            cells[Cell(method, tuple(point.items()), distilled)] = None
+    return list(cells)
+
+
+def lowest_topk_budget(request: SweepRequest, config: Config, show: Show) -> float | None:
+    """The lowest budget that top-k reaches, rounded up to thousandths; None where no cell needs it.
+
+    Raises: InputError for a model on which top-k cannot prune.
+    """
+    if "topk" not in request.methods:
+        return None
+    check_pruning(config, {"prune_mode": "topk"})
+    if not request.grid.get("target_flops"):
+        return None
+    folder, source = request.restore, request.source
+    limit = length_limit(config, folder, request.max_seq_length)
+    examples = source.load("train", Tokenizer(folder), limit, known_labels(source.task, config))[0][""]
+    lengths, protected = torch.from_numpy(examples.lengths), protected_tokens(config, examples)
+    lowest = topk_flops(config, lengths, protected, lowest_rate(config))
+    lowest = min(1.0, (int(lowest * 1000) + 1) / 1000)
+    if min(request.grid["target_flops"]) < lowest:
+        show(f"note: top-k does not prune the first layers and cannot go below {lowest}: it gets that budget instead")
+    return lowest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A cell
+
+
+def usual_settings(stage: str, target_flops: float | None, config: Config) -> dict[str, Any]:
+    """The settings that a stage's command uses by itself, where they differ from those of `Settings`."""
+    soft = soft_target(config.max_seq_length, config.score_norm) if stage == "soft" and target_flops else {}
+    return STAGES[stage] | soft
+
+
+def cell_stages(cell: Cell, request: SweepRequest, config: Config) -> list[StageRequest]:
+    """The stages of a cell, with the settings that their commands would have.
+
+    config: of the dense model, with the sweep's max_seq_length.
+    """
+    requests, restore = [], request.restore
+    for stage in METHODS[cell.method]:
+        # Adapting to frozen thresholds takes the settings that mean something without learning them.
+        point = {name: value for name, value in cell.point if stage == "soft" or "manual" in AXES[name]}
+        epochs = request.epochs if stage == "soft" else request.adapt_epochs
+        chosen = {"epochs": epochs, "batch_size": request.batch_size} | point
+        usual = usual_settings(stage, point.get("target_flops"), config)
+        settings = Settings(**(usual | {name: value for name, value in chosen.items() if value is not None}))
+        options, folder = PruningOptions(max_seq_length=request.max_seq_length), request.output / cell.name / stage
+        requests.append(
+            StageRequest(
+                stage, restore, request.source, settings, options, folder, resume=True, distill=request.distill
+            )
+        )
+        restore = folder
+    return requests
+
+
+def train_cell(
+    stages: list[StageRequest], config: Config, process: Process, show: Show, progress: Progress
+) -> dict[str, Any]:
+    """Trains the stages of a cell. Returns the last one's best record, with the commands of all."""
+    commands, best = [], {}
+    for stage in stages:
+        commands.append(stage_command(stage, config, process))
+        show(f"$ {commands[-1]}")
+        torch.manual_seed(stage.settings.seed + process.rank)  # a cell does not depend on those before it
+        _, result = run_stage(stage, process, show, progress)
+        best[stage.stage] = result.best
+    row = {"commands": commands} | best[stages[-1].stage]
+    if "soft" in best:
+        names = ("score", "relative_flops", "soft_relative_flops", "threshold_scale")
+        row["soft"] = {name: best["soft"].get(name) for name in names}
+    return row
+
+
+def stage_command(request: StageRequest, config: Config, process: Process) -> str:
+    """The command that runs a stage on its own. config: as for `cell_stages`."""
+    source, settings, task = request.source, request.settings, request.source.task
+    own = task.name == "custom"
+    paths = {"data": source.path, "dev-data": source.dev_path, "restore": request.restore, "distill": request.distill}
+    paths |= {"text-column": task.text, "pair-column": task.pair, "label-column": task.label} if own else {}
+    paths |= {"max-length": request.options.max_seq_length}
+    words = [] if own else ["--task", task.name]
+    words += [word for name, value in paths.items() if value for word in (f"--{name}", str(value))]
+    words += ["--regression"] * (own and task.regression) + ["--tagging"] * (own and task.head == "token")
+    usual = asdict(Settings()) | usual_settings(request.stage, settings.target_flops, config)
+    for name, value in asdict(settings).items():
+        if value != usual[name]:
+            words += [flag(name), str(value)]
+    words += ["--precision", process.precision] * (process.precision != usual_precision(process.device))
+    return shlex.join(["python", "ltp.py", request.stage, *words, "--output", str(request.output)])
+
+
+def speedups(row: dict[str, Any], measure: Measure, show: Show) -> dict[str, float]:
+    """The speed-up of a row's model by batch size, measured now, or read from speed.json beside the model."""
+    file = Path(row["folder"]) / "speed.json"
+    if not file.is_file():
+        show(f"measuring the speed of {row['name']} ...")
+        write_json(file, measure(Path(row["folder"])))
+    speeds = json.loads(file.read_text(encoding="utf-8"))["speeds"]
+    return {str(speed["batch_size"]): speed["speedup"] for speed in speeds}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The results
+
+
+def sweep_conditions(request: SweepRequest, process: Process) -> dict[str, Any]:
+    """What all cells of an output folder have in common."""
+    source = request.source
+    return {
+        "folder": str(request.restore),
+        "task": source.task.name,
+        "data": source.path and str(source.path),
+        "dev_data": source.dev_path and str(source.dev_path),
+        "precision": process.precision,
+    }
+
+
+def write_results(path: Path, rows: dict[str, dict[str, Any]], process: Process) -> None:
+    """Writes a line a record, on the main process."""
+    if process.main:
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a results.jsonl, the dense model's first. Raises: InputError naming file and line."""
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+            rows.append(json.loads(line))
+            known = {"name", "method", "score", "metrics", "relative_flops"} <= set(rows[-1])
+            if not known or rows[-1]["method"] not in ("dense", *METHODS):
+                raise InputError(f"{path}, line {number}: not a record of `sweep`")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not the results of `sweep` ({error})") from None
+    return sorted(rows, key=lambda row: row["method"] != "dense")

@@ -1,0 +1,84 @@
+"""The teacher of --distill: a dense model's logits of the training examples."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import CACHE_VERSION, Examples
+from model import Config, Dense, Model
+from runs.checks import check_task, length_limit
+from support.checkpoint import load_config, load_model
+from support.cpu import pack_weights
+from support.errors import InputError
+from support.files import write_file
+from support.process import Process
+from tasks.base import Source
+from tasks.tokenizer import Tokenizer
+from train import predict_logits
+
+
+def ask_teacher(
+    folder: Path,
+    source: Source,
+    labels: tuple[str, ...],
+    student: Tokenizer,
+    max_length: int,
+    process: Process,
+    batch_size: int,
+) -> Tensor:
+    """The teacher's logits of the training examples, for `Examples.teacher`: (N, C), or (ΣT, C) with an answer a token.
+
+    The teacher reads the texts with its own tokenizer. The logits are kept in the cache of `datasets`, for the next
+    stage that asks the same model about the same tokens in the same way.
+    Raises: InputError, also for a teacher that answers for each token and whose tokens are not the student's.
+    """
+    tokenizer, config = Tokenizer(folder), load_config(folder)
+    check_teacher(folder, config, source, labels, tokenizer, student)
+    limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
+    examples = source.load("train", tokenizer, limit, labels)[0][""]
+    teacher = load_model(folder, labels or config.labels).model
+    key = cache_key(teacher, examples, process, batch_size)
+    path = Path(datasets.config.HF_DATASETS_CACHE, f"answers-{key}.safetensors")
+    if all(process.gather(path.is_file())):
+        return load_file(path)["logits"]
+    teacher = pack_weights(teacher.to(process.device))
+    rows = predict_logits(teacher, examples, process, batch_size, Dense())[0]
+    logits = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))
+    if process.main:
+        write_file(path, lambda temporary: save_file({"logits": logits}, temporary))
+    return logits
+
+
+def check_teacher(
+    folder: Path,
+    config: Config,
+    source: Source,
+    labels: tuple[str, ...],
+    tokenizer: Tokenizer,
+    student: Tokenizer,
+) -> None:
+    """Raises InputError for a teacher of another task, of other labels, or with other tokens where they must agree."""
+    tokenizer.check_fits(config.vocab_size, folder)
+    check_task(folder, config, source.task)
+    if source.task.head != "sequence" and tokenizer.identity != student.identity:
+        raise InputError(f"--distill {folder}: has another tokenizer, so that its answers are not for the same tokens")
+    named = config.labels[0] != "LABEL_0"
+    if labels and named and {name.lower() for name in config.labels} != {name.lower() for name in labels}:
+        raise InputError(f"--distill {folder}: answers {', '.join(config.labels)}, not {', '.join(labels)}")
+
+
+def cache_key(teacher: Model, examples: Examples, process: Process, batch_size: int) -> str:
+    """A digest of all that the logits depend on, and of the version of the code."""
+    conditions = f"{CACHE_VERSION} {teacher.config} {process.precision} {process.world} {batch_size}"
+    key = hashlib.sha256(conditions.encode())
+    weights = (tensor.numpy() for tensor in teacher.state_dict().values())
+    for array in (*weights, examples.lengths, examples.token_ids, examples.segment_ids):
+        key.update(array)
+    return key.hexdigest()[:32]

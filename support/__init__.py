@@ -1,0 +1,1 @@
+"""What commands, training and tools share: errors, settings, files, processes, checkpoints, CPU kernels, printing."""

@@ -1,0 +1,123 @@
+"""What the command line prints with rich: progress on standard error, tables on standard output. It needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def quiet(*args: Any, **state: Any) -> None:
+    """Prints nothing: `show` and `progress` of the processes that are not the main one."""
+
+
+@contextlib.contextmanager
+def screen() -> Iterator[tuple[Callable[[str], Any], Callable[..., Any]]]:
+    """Gives (show, progress) on standard error; the bar appears on a terminal only.
+
+    show(line) prints a line above the bar. progress(step, steps, **state) moves the bar; steps may be None, and state
+    holds numbers to show beside it, or None.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def show(line: str) -> None:
+            console.print(line, markup=False)
+
+        def progress(step: int, steps: int | None, **state: Any) -> None:
+            description = "  ".join(f"{name} {value:.4f}" for name, value in state.items() if value is not None)
+            if not bar.task_ids:
+                bar.add_task(description, total=steps)
+            bar.update(bar.task_ids[0], completed=step, total=steps, description=description)
+
+        yield show, progress
+
+
+def output_console() -> Console:
+    """Standard output: as wide as the terminal, or wide enough for all tables where it is a file or a pipe."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(width=160, highlight=False, markup=False)
+
+
+def new_table(left: tuple[str, ...], *names: str) -> Table:
+    """A table without a frame; the columns named in `left` are aligned to the left, the others to the right."""
+    table = Table(show_edge=False, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Prints evaluations one below the other on standard output: (title, fields of an `Evaluation`) each.
+
+    Four metrics have columns; where there are more, two have, and the others stand in a line below the table.
+    """
+    metrics = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
+    metrics, others = (metrics, []) if len(metrics) <= 4 else (metrics[:2], metrics[2:])
+    sizes = list(dict.fromkeys(size for _, record in rows for size in record.get("speedup", ())))
+    kept = "kept after each layer"
+    columns = ("", *metrics, "score", "GFLOPs", "rel. FLOPs", *(f"speed at {size}" for size in sizes), kept)
+    table = new_table(("", kept), *columns)
+    for title, record in rows:
+        table.add_row(
+            title,
+            *(f"{record['metrics'][name]:.4f}" for name in metrics),
+            f"{record['score']:.4f}",
+            f"{record['gflops']:.3g}",
+            f"{record['relative_flops']:.3f}",
+            *(f"{record['speedup'][size]:.2f}x" if "speedup" in record else "" for size in sizes),
+            " ".join(f"{share:.2f}" for share in record["kept"]),
+        )
+    output_console().print(table)
+    for title, record in rows if others else ():
+        values = ", ".join(f"{name.replace('_', ' ')} {record['metrics'][name]:.4f}" for name in others)
+        print(f"{title}: {values}")
+
+
+def speed_table(result: dict[str, Any]) -> None:
+    """Prints what `bench` measured, and its conditions. result: the content of `bench --json`."""
+    columns = ("batch", "", "ms per batch", "p95", "examples/s", "FLOPs", "done", "speed-up", "FLOPs into time")
+    table = new_table(("",), *columns)
+    for s in result["speeds"]:
+        table.add_row(
+            str(s["batch_size"]),
+            "dense",
+            f"{1e3 * s['dense_latency']:.2f}",
+            f"{1e3 * s['dense_latency_p95']:.2f}",
+            f"{s['dense_examples_per_second']:.1f}",
+            *["1.00x"] * 3,
+            "",
+        )
+        table.add_row(
+            "",
+            "pruned",
+            f"{1e3 * s['latency']:.2f}",
+            f"{1e3 * s['latency_p95']:.2f}",
+            f"{s['examples_per_second']:.1f}",
+            f"{s['flops_reduction']:.2f}x",
+            f"{s['done_reduction']:.2f}x",
+            f"{s['speedup']:.2f}x",
+            f"{s['flops_to_time']:.2f}",
+        )
+    output_console().print(table)
+    print(f"\n{conditions_line(result['conditions'])}")
+
+
+def conditions_line(c: dict[str, Any]) -> str:
+    """What was measured, on what, and how, in one line. c: the conditions of `bench --json`."""
+    lengths = ", ".join(f"{share} of them at most {n:.0f}" for share, n in c["length_quantiles"].items())
+    return (
+        f"{c['checkpoint']} ({c['pruning']}) on {c['examples']} examples of {c['data']}, {c['mean_length']:.1f} tokens "
+        f"on average ({lengths}). {c['device']}, {c['precision']}, {c['threads']} threads, torch {c['torch']}; "
+        f"{c['statistic']} of {c['repeats']} passes; {c['peak_memory_bytes'] / 2**20:.0f} MiB at the peak"
+    )

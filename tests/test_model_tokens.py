@@ -1,0 +1,136 @@
+"""Heads that answer for every token: exits of dropped tokens, soft shares, protected questions."""
+
+import pytest
+import torch
+from small_models import MODES, EverySecond, make_pruner, pruning_model, random_sequences
+
+from model import Decision, Dense, Hard, Sequences, Soft, pack, threshold_ladder
+
+
+@pytest.mark.parametrize("rule", [*MODES, "second"])
+@pytest.mark.parametrize("head", ["token", "span"])
+def test_every_token_has_an_answer(rule, head):
+    model, sequences = pruning_model(head=head), random_sequences(7)
+    pruner = EverySecond() if rule == "second" else make_pruner(model, rule)
+    with torch.inference_mode():
+        output = model(pack(sequences), pruner)
+    assert output.logits.shape == (sum(map(len, sequences)), 3) and output.logits.isfinite().all()
+    if rule in ("hard", "topk", "second"):
+        assert output.kept[-1].sum() < 0.5 * sum(map(len, sequences))
+
+
+@pytest.mark.parametrize("rule", ["hard", "topk", "second"])
+def test_a_pruned_token_keeps_the_state_it_was_dropped_with(rule):
+    model, batch = pruning_model(head="token"), pack(random_sequences(6))
+    pruner = EverySecond() if rule == "second" else make_pruner(model, rule)
+    states, read = [], []
+    for layer in model.layers:
+        layer.attention_norm.register_forward_hook(lambda module, args, out: states.append(out))
+    model.layers[-1].output_norm.register_forward_hook(lambda module, args, out: states.append(out))
+    model.head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.inference_mode():
+        steps = model(batch, pruner).steps
+    (exits,), dropped = read, 0
+    for state, step in zip(states, steps):
+        if step.decision.keep is not None:
+            gone = ~step.decision.keep
+            assert torch.equal(exits[step.tokens[gone]], state[gone])
+            dropped += int(gone.sum())
+    assert dropped > 50
+    assert torch.equal(exits[steps[-1].tokens[steps[-1].decision.keep]], states[-1])
+
+
+@pytest.mark.parametrize("rule", [*MODES, "second"])
+def test_the_shares_of_a_token_sum_to_one_over_the_layers(rule):
+    """With all states of all tokens equal, a head reads the sum of the shares times this state."""
+    model, batch = pruning_model(head="token"), pack(random_sequences(7))
+    state = torch.linspace(-1, 1, 30)
+    for layer in model.layers:
+        for norm in (layer.attention_norm, layer.output_norm):
+            norm.weight.data.zero_()
+            norm.bias.data = state.clone()
+    with torch.inference_mode():
+        scores = model(batch, Hard(model.thresholds)).steps[0].scores
+    model.thresholds.data.fill_(float(scores.median()))
+    pruner = EverySecond() if rule == "second" else make_pruner(model, rule, temperature=5e-3)
+    with torch.inference_mode():
+        output = model(batch, pruner)
+        expected = model.head(state)
+    torch.testing.assert_close(output.logits, expected.expand_as(output.logits), atol=1e-5, rtol=0)
+    if rule == "soft":  # the shares are real shares
+        masks = torch.stack([step.decision.mask for step in output.steps])
+        assert ((masks > 0.1) & (masks < 0.9)).float().mean() > 0.8
+    elif rule != "dense":
+        assert output.kept[-1].sum() < 0.8 * len(batch.token_ids)
+
+
+def test_a_sharp_soft_mask_in_the_last_layer_answers_as_hard_pruning_does():
+    model, batch = pruning_model(head="token"), pack(random_sequences(7))
+    thresholds = torch.tensor([-1.0, -1, -1, -1, 0.01])
+    with torch.inference_mode():
+        hard, soft = model(batch, Hard(thresholds)), model(batch, Soft(thresholds, 1e-9))
+    assert int(hard.kept[-1].sum()) < 0.8 * len(batch.token_ids)
+    torch.testing.assert_close(soft.logits, hard.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(soft.kept, hard.kept.float())
+
+
+def test_a_token_that_is_nearly_gone_still_moves_the_thresholds():
+    model, batch = pruning_model(head="token"), pack(random_sequences(5))
+    model.thresholds.requires_grad_(True)
+    output = model(batch, Soft(model.thresholds, 5e-4))
+    output.logits.sum().backward()
+    assert (model.thresholds.grad != 0).all()
+    assert min(float(step.decision.mask.detach().min()) for step in output.steps) < 0.01
+
+
+@pytest.mark.parametrize("rule", ["soft", "hard", "topk"])
+def test_a_protected_question_is_never_pruned(rule):
+    sequences = random_sequences(6)
+    segments = [[0] * (1 + len(s) // 3) + [1] * (len(s) - 1 - len(s) // 3) for s in sequences]
+    question = torch.tensor([s.count(0) for s in segments])
+    batch = pack(sequences, segments)
+    for protect in (True, False):
+        model = pruning_model(head="span", labels=("start", "end"), protect_question=protect, token_keep_rate=-2.0)
+        model.thresholds.data = threshold_ladder(0.05, 5)
+        pruner = make_pruner(model, rule)
+        with torch.inference_mode():
+            output = model(batch, pruner)
+            alone = [model(pack([s], [g]), pruner).logits for s, g in zip(sequences, segments)]
+        torch.testing.assert_close(output.logits, torch.cat(alone), atol=1e-5, rtol=0)
+        if rule == "soft":
+            assert (output.kept[-1] >= question - 1e-3).all() == protect
+            continue
+        last = output.steps[-1]
+        tokens = last.tokens if last.decision.keep is None else last.tokens[last.decision.keep]
+        left = torch.zeros(len(batch.token_ids)).index_fill(0, tokens, 1)
+        left = Sequences(batch.lengths).sum(left * (batch.segment_ids == 0))
+        assert torch.equal(left, question.float()) == protect
+
+
+def test_other_heads_do_not_protect_questions():
+    sequences = random_sequences(6)
+    batch = pack(sequences)  # all of segment 0
+    kept = [
+        model(batch, make_pruner(model, "hard")).kept
+        for model in (pruning_model(head="token", protect_question=protect) for protect in (True, False))
+    ]
+    assert torch.equal(*kept) and kept[0][-1].sum() < sum(map(len, sequences))
+
+
+def test_a_pruner_may_drop_nothing_in_some_layers():
+    class Later(Dense):
+        """Drops in the fourth layer alone."""
+
+        def decide(self, l, scores, alive, seqs):
+            keep = alive.protected | (seqs.positions < 3) if l == 3 else torch.ones_like(alive.protected)
+            return Decision(seqs.sum(keep), keep)
+
+    for head in ("sequence", "token", "span"):
+        model, sequences = pruning_model(head=head), random_sequences(6)
+        lengths = torch.tensor([len(s) for s in sequences])
+        with torch.inference_mode():
+            output = model(pack(sequences), Later())
+            dense = model(pack(sequences), Dense())
+        assert torch.equal(output.kept, torch.stack([lengths] * 3 + [lengths.clamp(max=3)] * 2))
+        assert [len(step.tokens) for step in output.steps] == [int(lengths.sum())] * 4 + [int(output.kept[-1].sum())]
+        assert (output.logits - dense.logits).abs().max() > 0.01

@@ -1,0 +1,61 @@
+"""The demo's data, and the demo itself in a size for tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tools.demo
+from support.errors import InputError
+from support.process import Process
+from tools.demo import BLAME, DEMO_CONFIG, FILLER, PRAISE, demo_rows, run_demo, write_demo
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_data_are_made_without_torch():
+    script = "import sys, tools.demo; tools.demo.demo_rows(3, 0); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
+
+
+def test_labels_follow_the_verdicts():
+    rows = demo_rows(500, seed=3)
+    assert rows == demo_rows(500, seed=3) != demo_rows(500, seed=4)
+    for row in rows:
+        words, balance = row["text"].rstrip(".").split(), 0
+        for i, word in enumerate(words):
+            if word in PRAISE or word in BLAME:
+                balance += (word in PRAISE) != (words[i - 1 : i] == ["not"]) or -1
+            else:
+                assert word in FILLER or word == "not"
+        assert row["label"] == ("positive" if balance > 0 else "negative") and balance != 0
+    assert {row["label"] for row in rows} == {"positive", "negative"} and any("not " in row["text"] for row in rows)
+
+
+def test_the_tokenizer_fits_the_model(tmp_path):
+    write_demo(tmp_path, seed=1, train=96, dev=20)
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 96
+    assert max(json.loads((tmp_path / "vocab.json").read_text()).values()) < DEMO_CONFIG["vocab_size"]
+
+
+def test_demo_runs_every_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(tools.demo, "write_demo", lambda folder, seed: write_demo(folder, seed, train=96, dev=20))
+    folder, lines = tmp_path / "demo", []
+    rows = run_demo(folder, 1, False, Process(), lines.append, lambda *args, **state: None)
+    assert [stage for stage, _ in rows] == ["finetune", "soft", "hard", "topk", "manual"]
+    assert all(0 < record["relative_flops"] <= 1 and record["speedup"]["128"] > 0 for _, record in rows)
+    commands = [line.strip() for line in lines if line.startswith("\n$")]
+    assert commands[1] == (
+        f"$ python ltp.py soft --data {folder / 'data'} --restore {folder / 'finetune'} --lr 0.0005 --epochs 2.0 "
+        f"--lambda 0.05 --lr-threshold 0.0001 --output {folder / 'soft'}"
+    )
+    with pytest.raises(InputError, match="is not empty; choose another or pass --overwrite"):
+        run_demo(folder, 1, False, Process(), lines.append, print)
+    with pytest.raises(InputError, match="holds something else than a demo"):
+        run_demo(tmp_path, 1, True, Process(), lines.append, print)
+    with pytest.raises(InputError, match="start it without torchrun"):
+        run_demo(tmp_path / "new", 1, False, Process(world=2), lines.append, print)

@@ -1,0 +1,379 @@
+"""Plots of runs, from the files that the commands write. It needs matplotlib.
+
+A `Run` is what one path tells: the folder of a run or of a sweep, an `eval --json` file, or answers of `predict`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runs.folder import read_log
+from runs.sweep import read_results
+from support.errors import InputError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs, read from what the commands write
+
+
+class Run(NamedTuple):
+    name: str
+    evaluations: list[dict[str, Any]]  # of a run folder, in order; of an `eval --json` file, the one
+    best: dict[str, Any] | None  # the evaluation of the checkpoint
+    start: list[float] | None = None  # (L,) thresholds before the first step
+    lengths: np.ndarray | None = None  # (N,) tokens of each text of a `predict` file ...
+    kept: np.ndarray | None = None  # ... and (N, L) tokens that leave each layer
+    cells: list[dict[str, Any]] | None = None  # of a sweep, the record of each model
+    task: str | None = None  # of `evaluations`
+
+
+EVALUATION_KEYS = {"metrics", "score", "relative_flops", "kept"}
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Reads the folder of a run or of a sweep, or its results, an `eval --json` file, or the answers of `predict`.
+
+    Raises: InputError naming the file.
+    """
+    if (path / "results.jsonl").is_file():
+        path = path / "results.jsonl"
+    elif path.is_dir():
+        path = path / "log.jsonl"
+        if not path.is_file():
+            raise InputError(f"{path.parent}: holds no log.jsonl; expected the folder of a training run")
+    try:
+        return read_training(path, name) if path.name == "log.jsonl" else read_file(path, name)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file or folder") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise InputError(
+            f"{path}: not what `plot` reads, a run's or a sweep's folder or a file of `eval --json` or `predict` "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+def read_training(path: Path, name: str) -> Run:
+    """Reads the log of a training run."""
+    records = [record for _, record in read_log(path)]
+    evaluations = [record for record in records if record["event"] == "evaluation"]
+    if not evaluations or not all(EVALUATION_KEYS <= set(record) for record in evaluations):
+        raise InputError(f"{path}: holds no evaluation yet; train on, or leave it out")
+    best = [record for record in evaluations if record.get("saved", True)][-1]
+    return Run(name, evaluations, best, start=records[0].get("thresholds"), task=records[0].get("task"))
+
+
+def read_file(path: Path, name: str) -> Run:
+    """Reads a sweep's results, an evaluation, or answers: the keys of the first object tell which."""
+    text = path.read_text(encoding="utf-8")
+    first = json.loads(text.split("\n", 1)[0] if text.startswith('{"') else text)
+    if "method" in first:
+        return Run(name, [], None, cells=read_results(path))
+    if EVALUATION_KEYS <= set(first):
+        return Run(name, [first], first, task=first.get("task"))
+    answers = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all({"kept", "tokens"} <= set(record) for record in answers):
+        raise InputError(f"{path}: neither the result of `eval --json` nor answers of `predict` with their tokens")
+    tokens, kept = (np.array([record[key] for record in answers], dtype=np.int64) for key in ("tokens", "kept"))
+    return Run(name, [], None, lengths=tokens, kept=kept)
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """The runs, each named by the end of its path, as short as keeps the names different. Raises: InputError."""
+    parts = [Path(re.sub(r"\.jsonl?$", "", os.path.abspath(path))).parts for path in paths]
+    names = [os.path.join(*path) for path in parts]
+    for count in range(1, max(map(len, parts))):
+        short = [os.path.join(*path[-count:]) for path in parts]
+        if len(set(short)) == len(set(names)):
+            names = short
+            break
+    return [read_run(path, name) for path, name in zip(paths, names)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, without their yellow, too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Any, list[Any]]:
+    """A figure and its panels; width and height of one panel, in inches. Raises: InputError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise InputError("plot needs matplotlib, which is not installed: pip install matplotlib") from None
+
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="#dddddd", linewidth=0.6)
+        panel.set_axisbelow(True)
+    return figure, panels
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour and marker of the `index`-th line. Beyond the colours, they repeat with other markers."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
+
+
+def save_figure(figure: Any, path: Path, format: str) -> None:
+    """Writes a "png", or an "svg" with text as text. The same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ltp"}):
+        figure.savefig(path, format=format, dpi=160, metadata={"Date": None} if format == "svg" else {"Software": None})
+
+
+def check_runs(runs: list[Run], fits: Callable[[Run], Any], content: str) -> None:
+    """Raises InputError naming the first run that lacks what the plot shows."""
+    for run in runs:
+        if not fits(run):
+            raise InputError(f"{run.name}: this kind of plot shows {content}; pass another --kind")
+
+
+def standard_error(metric: str, value: float, examples: int | None) -> float | None:
+    """Of an accuracy on so many examples; None for other metrics."""
+    return math.sqrt(value * (1 - value) / examples) if metric == "accuracy" and examples else None
+
+
+def score_name(record: dict[str, Any]) -> str:
+    """Which metrics the score of an evaluation is.
+
+    >>> score_name({"score": 0.5, "metrics": {"accuracy": 0.5, "f1": 0.6}})
+    'accuracy'
+    >>> score_name({"score": 0.5, "metrics": {"pearson": 0.4, "spearman": 0.6}})
+    'mean of pearson and spearman'
+    """
+    same = [name for name, value in record["metrics"].items() if math.isclose(value, record["score"])]
+    return same[0] if same else "mean of " + " and ".join(record["metrics"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of plots
+
+
+def plot_curves(runs: list[Run]) -> Any:
+    """Loss, score, relative FLOPs and thresholds of training runs over the steps.
+
+    The thresholds of several runs are the last ones, over the layers.
+    """
+    check_runs(runs, lambda run: run.evaluations and "step" in run.evaluations[0], "run folders")
+    figure, panels = new_figure(2, 2, 5.2, 3.4)
+    score = "score: " + score_name(runs[0].evaluations[-1])
+    curves = (("train_loss", "training loss"), ("score", score), ("relative_flops", "relative FLOPs"))
+    for panel, (key, title) in zip(panels, curves):
+        for i, run in enumerate(runs):
+            steps = [record["step"] for record in run.evaluations]
+            values = [record[key] for record in run.evaluations]
+            panel.plot(steps, values, label=run.name, markersize=4, **line_style(i))
+        panel.set(title=title, xlabel="step")
+        panel.set_xlim(left=0)
+    panels[2].set_ylim(0, 1.05)
+    low, high = panels[1].get_ylim()
+    height = max(high - low, 0.05)  # a small difference must not look large
+    panels[1].set_ylim((low + high - height) / 2, (low + high + height) / 2)
+    learned = {i: run for i, run in enumerate(runs) if run.evaluations[-1].get("thresholds")}
+    if len(runs) == 1 and learned:
+        draw_threshold_curves(panels[3], runs[0])
+    else:
+        for i, run in learned.items():
+            values = run.best["thresholds"]
+            panels[3].plot(range(1, len(values) + 1), values, markersize=4, **line_style(i))
+        panels[3].set(title="thresholds" if learned else "no thresholds in these runs", xlabel="layer")
+        panels[3].xaxis.get_major_locator().set_params(integer=True)
+    if len(runs) > 1:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(runs)), frameon=False)
+    return figure
+
+
+def draw_threshold_curves(panel: Any, run: Run) -> None:
+    """The thresholds of one run over the steps, a line a layer, from before the first step where the log tells them."""
+    from matplotlib import colormaps
+
+    steps = [record["step"] for record in run.evaluations]
+    values = [record["thresholds"] for record in run.evaluations]
+    if run.start:
+        steps, values = [0, *steps], [run.start, *values]
+    for l, column in enumerate(zip(*values), 1):
+        shade = colormaps["viridis"](0.9 * (l - 1) / max(1, len(values[0]) - 1))  # violet to green, none too pale
+        panel.plot(steps, column, color=shade, label=f"layer {l}", marker=line_style(l)["marker"], markersize=4)
+    panel.set(title="thresholds", xlabel="step")
+    panel.set_xlim(left=0)
+    panel.legend(fontsize="small", ncols=2 if len(values[0]) > 8 else 1, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def plot_kept(runs: list[Run]) -> Any:
+    """Share of the tokens that leaves each layer. Of `predict` files: the median text, the middle 90% as a band."""
+    check_runs(runs, lambda run: run.best or run.kept is not None, "runs, results of `eval --json` and answers")
+    figure, (panel,) = new_figure()
+    depth = 0
+    for i, run in enumerate(runs):
+        if run.kept is not None:
+            shares = np.concatenate([np.ones((1, len(run.kept))), (run.kept / run.lengths[:, None]).T])  # (L + 1, N)
+            low, middle, high = np.quantile(shares, (0.05, 0.5, 0.95), axis=1)
+            panel.fill_between(range(len(middle)), low, high, color=line_style(i)["color"], alpha=0.18, linewidth=0)
+            label = f"{run.name} (median, 5 to 95%)"
+        else:
+            middle, label = [1.0, *run.best["kept"]], run.name
+        panel.plot(range(len(middle)), middle, label=label, markersize=5, **line_style(i))
+        depth = max(depth, len(middle) - 1)
+    labels = {"xlabel": "after layer", "ylabel": "share of the tokens left", "title": "Tokens kept in each layer"}
+    panel.set(ylim=(0, 1.05), **labels)
+    panel.set_xticks(range(depth + 1), ["input", *map(str, range(1, depth + 1))])
+    panel.legend(frameon=False)
+    return figure
+
+
+def plot_lengths(runs: list[Run]) -> Any:
+    """Heat map of a `predict` file's texts: tokens that leave the last layer against tokens of the text.
+
+    Where the last layers leave every text its first token alone, the one before them is shown.
+    """
+    check_runs(runs, lambda run: run.kept is not None, "answers of `predict`")
+    columns = min(3, len(runs))
+    figure, panels = new_figure(math.ceil(len(runs) / columns), columns, 5.0, 4.2)
+    from matplotlib.colors import LogNorm
+
+    longest = int(max(run.lengths.max() for run in runs))
+    layer = max([l for run in runs for l in range(run.kept.shape[1]) if run.kept[:, l].max() > 1], default=0)
+    layer = min(layer, *(run.kept.shape[1] - 1 for run in runs))
+    most = int(max(run.kept[:, layer].max() for run in runs))
+    edges = [np.arange(0.5, top + math.ceil(top / 40) + 0.5, math.ceil(top / 40)) for top in (longest, most)]
+    counts = [np.histogram2d(run.lengths, run.kept[:, layer], edges)[0] for run in runs]
+    highest = max(2, max(count.max() for count in counts))
+    norm = LogNorm(0.4, highest)  # from below 1, so that a single text shows on white
+    for panel, run, count in zip(panels, runs, counts):
+        mesh = panel.pcolormesh(*edges, np.ma.masked_equal(count.T, 0), norm=norm, cmap="Blues")
+        end = [0, edges[1][-1]]
+        panel.plot(end, end, color="#666666", linestyle="--", linewidth=1, label="none dropped")
+        panel.legend(loc="lower right", frameon=False, fontsize="small")
+        panel.set(title=run.name, xlim=(0, edges[0][-1]), ylim=(0, edges[1][-1]))
+        name = "the last layer" if layer + 1 == run.kept.shape[1] else f"layer {layer + 1}"
+        panel.set(xlabel="tokens of the text", ylabel=f"tokens leaving {name}")
+        panel.yaxis.get_major_locator().set_params(integer=True)
+    for panel in panels[len(runs) :]:
+        panel.set_visible(False)
+    bar = figure.colorbar(mesh, ax=panels, label="texts", format="{x:g}")
+    bar.ax.set_ylim(1, highest)
+    return figure
+
+
+def plot_tradeoff(runs: list[Run]) -> Any:
+    """The first metric that all runs have against relative FLOPs; an accuracy with its standard error."""
+    check_runs(runs, lambda run: run.best, "run folders and results of `eval --json`")
+    tasks = dict.fromkeys(run.task for run in runs if run.task)
+    if len(tasks) > 1:
+        names = " and ".join("your own data" if task == "custom" else task for task in tasks)
+        raise InputError(f"this kind of plot compares models on one task, not on {names}; plot each apart")
+    shared = [name for name in runs[0].best["metrics"] if all(name in run.best["metrics"] for run in runs)]
+    metric = shared[0] if shared else "score"
+    figure, (panel,) = new_figure()
+    for i, run in enumerate(runs):
+        share, value = run.best["relative_flops"], run.best["metrics"].get(metric, run.best["score"])
+        error = standard_error(metric, value, run.best.get("examples"))
+        style = {"linestyle": "", "markersize": 8, "elinewidth": 1} | line_style(i)
+        panel.errorbar(share, value, error, label=run.name, **style)
+        if share == 1:
+            panel.axhline(value, color="#888888", linestyle="--", linewidth=1, zorder=0)
+    note = ", bars: one standard error" if metric == "accuracy" else ""
+    panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=f"{metric}{note}", xlim=(0, 1.05))
+    figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The frontier of a sweep
+
+METHOD_NAMES = {"ltp": "LTP", "manual": "manual thresholds", "topk": "top-k"}
+# A line of the frontier stands for one way of training. The settings that may differ between lines, and their signs.
+LINE_SETTINGS = {"temperature": "τ", "threshold_learning_rate": "rate of θ", "learning_rate": "rate"}
+Points = list[tuple[float, float]]  # relative FLOPs and metric
+
+
+def plot_frontier(runs: list[Run]) -> Any:
+    """Results of `sweep`, a panel each: the task's first metric against relative FLOPs.
+
+    Each way of training has a line through its means over seeds, and small marks for single runs. The dense model's
+    value runs across; an accuracy has its standard error as a band.
+    """
+    check_runs(runs, lambda run: run.cells and run.cells[0]["method"] == "dense", "results of `sweep`")
+    figure, panels = new_figure(1, len(runs), 6.4 if len(runs) == 1 else 4.4)
+    styles: dict[str, dict[str, Any]] = {}  # by label, the same in all panels
+    for panel, run in zip(panels, runs):
+        draw_frontier(panel, run.cells, styles)
+        panel.set_title(run.name if len(runs) > 1 else "")
+    shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    columns = min(6, len(shown)) if len(runs) > 1 or len(shown) < 5 else 2
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+    """One sweep. A point far below the dense model stands at the bottom with its value."""
+    dense = cells[0]
+    metric = next(iter(dense["metrics"]))
+    top = dense["metrics"][metric]
+    panel.axhline(top, color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+    error = standard_error(metric, top, dense.get("examples"))
+    if error:
+        panel.axhspan(top - error, top + error, color="#888888", alpha=0.12, linewidth=0, label="dense ± 1 SE")
+    floor = top - abs(top) / 4
+    for label, groups in frontier_lines(cells[1:], metric).items():
+        style = styles.setdefault(label, line_style(len(styles)))
+        means = sorted(tuple(np.mean(points, 0)) for points in groups)
+        panel.plot(*zip(*((x, max(y, floor)) for x, y in means)), label=label, markersize=7, **style)
+        for x, y in means:
+            if y < floor:
+                panel.annotate(f"{y:.2f} ↓", (x, floor), (9, -3), textcoords="offset points", size="small")
+        single = [point for points in groups if len(points) > 1 for point in points]
+        if single:
+            panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **style)
+    panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
+    panel.set_ylim(min(panel.get_ylim()[0], top - abs(top) / 10))  # a small difference must not look large
+
+
+def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[Points]]:
+    """A line for each way of training, by its label: of each of its budgets (or λ), the points of all seeds."""
+    cells = sorted(cells, key=lambda cell: [*METHOD_NAMES].index(cell["method"]))
+    mixed = len({cell["distilled"] for cell in cells}) > 1
+    lines: dict[str, dict[Any, Points]] = {}
+    for cell in cells:
+        label = METHOD_NAMES[cell["method"]] + (", not distilled" if mixed and not cell["distilled"] else "")
+        for name, sign in LINE_SETTINGS.items():
+            values = {other.get(name) for other in cells if other["method"] == cell["method"]}
+            label += f", {sign} {cell[name]:g}" if len(values) > 1 and name in cell else ""
+        budget = cell.get("target_flops"), cell.get("regularization")
+        points = lines.setdefault(label, {}).setdefault(budget, [])
+        points.append((cell["relative_flops"], cell["metrics"][metric]))
+    return {label: list(groups.values()) for label, groups in lines.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+PLOTS: dict[str, Callable[[list[Run]], Any]] = {
+    "curves": plot_curves,
+    "kept": plot_kept,
+    "lengths": plot_lengths,
+    "tradeoff": plot_tradeoff,
+    "frontier": plot_frontier,
+}
+
+
+def natural_kind(runs: list[Run]) -> str:
+    """The kind without --kind: curves of one run, a trade-off of several, lengths of texts, a sweep's frontier."""
+    if any(run.cells for run in runs):
+        return "frontier"
+    if any(run.kept is not None for run in runs):
+        return "lengths" if all(run.kept is not None for run in runs) else "kept"
+    return "curves" if len(runs) == 1 and "step" in runs[0].evaluations[0] else "tradeoff"
