@@ -1,24 +1,27 @@
 """Examples in memory, and how they become packed batches.
 
 The tokens of all examples lie in one flat buffer, example after example. A batch is made by slices of it.
+The functions that use `datasets` and pyarrow import them: `predict` does without them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from model import Batch
 from support.errors import InputError
 
+if TYPE_CHECKING:
+    import datasets
+
 CACHE_VERSION = 2  # part of every cache key: raise it when the tokenization or its columns change
+POOL = 16  # batches of an epoch that are sorted by length together
 
 
 @dataclass
@@ -90,14 +93,14 @@ def sorted_batches(examples: Examples, batch_size: int) -> list[Batch]:
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """The batches of an epoch as arrays of indices: each example once, similar lengths together.
 
-    The order is shuffled and cut into pools of 16 batches. Each pool is sorted by length and cut into batches, and all
-    batches are shuffled. It depends on (seed, epoch) alone.
+    The order is shuffled and cut into pools of `POOL` batches. Each pool is sorted by length and cut into
+    batches, and all batches are shuffled. The result depends on (seed, epoch) alone.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
     batches = []
-    for start in range(0, len(order), 16 * batch_size):
-        pool = order[start : start + 16 * batch_size]
+    for start in range(0, len(order), POOL * batch_size):
+        pool = order[start : start + POOL * batch_size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in generator.permutation(len(batches))]
@@ -112,6 +115,8 @@ def cached_table(generate: Callable[[], Iterator[dict]], features: dict[str, Any
 
     Raises: InputError and OSError as `generate` does.
     """
+    import datasets
+
     datasets.disable_progress_bars()
     try:
         return datasets.Dataset.from_generator(generate, features=datasets.Features(features), fingerprint=key)
@@ -126,6 +131,8 @@ def cached_table(generate: Callable[[], Iterator[dict]], features: dict[str, Any
 
 def list_buffer(table: datasets.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A column of lists as one flat buffer, and the length of each row's list (N,) int64."""
+    import pyarrow.compute as pc
+
     column = table.data.column(name)
     parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     return np.concatenate(parts), pc.list_value_length(column).to_numpy().astype(np.int64)

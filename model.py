@@ -22,6 +22,7 @@ Departures from the authors' release:
 - layers count from 1 in θ_l = θ_final · l / L, as the authors' README says (their code counts from 0);
 - all thresholds are one vector of the model, saved with the weights as `ltp.thresholds`;
 - the regulariser runs over real tokens only, and dropout never touches a score;
+- soft masks may act on attention instead of states, which comes closer to dropping (see `Soft`);
 - top-k's rate is clamped at 0, not at 0.01.
 
 Read from top to bottom: configuration, sequences in a flat run, pruning rules, pruners, attention, layer, encoder, heads,
@@ -33,7 +34,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ FAMILY = {
     "ltp": "roberta",
     "bert": "bert",
 }
+QUESTION_LENGTH = 384  # max_seq_length of a "span" head, where its config.json has none
 CLASS_PREFIX = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "bert": "Bert"}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
@@ -133,8 +135,12 @@ class Config:
                 values["head"] = head
         id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
         labels = tuple(id2label[str(i)] for i in range(len(id2label)))
-        values["labels"] = ("start", "end") if values.get("head") == "span" else labels
-        return cls(**values, other=dict(raw))
+        config = cls(**values, labels=labels, other=dict(raw))
+        if config.head != "span":
+            return config
+        # Questions have no class names, and come with as much of their context as fits.
+        length = values.get("max_seq_length", min(QUESTION_LENGTH, config.max_tokens))
+        return replace(config, labels=("start", "end"), max_seq_length=length)
 
     def to_dict(self) -> dict:
         """The config.json of this model: the keys that it was read with, brought up to date."""
@@ -323,7 +329,7 @@ class Alive(NamedTuple):
 
     tokens: Tensor  # (T_l,) which of the batch's T tokens each one is
     protected: Tensor  # (T_l,) bool: never dropped
-    share: Tensor  # (T_l,) the product of its soft masks so far; 1 without soft masks
+    share: Tensor  # (T_l,) what is left of it: the product of its soft masks so far, 1 without soft masks
 
     def at(self, survivors: Tensor) -> Alive:
         return Alive(*(tensor[survivors] for tensor in self))
@@ -347,6 +353,8 @@ class Dense:
     ...         keep = alive.protected | (seqs.positions % 2 == 0)
     ...         return Decision(seqs.sum(keep), keep)
     """
+
+    masks_attention = False  # soft masks act on the attention that later layers pay to a token, not on its state
 
     def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
         """Whether layer l must score its tokens.
@@ -398,11 +406,15 @@ class TopK(Dense):
 
 
 class Soft(Dense):
-    """Drops nothing and multiplies each token's state by its soft mask: the stage in which the thresholds are learned."""
+    """Drops nothing and gives each token a soft mask: the stage in which the thresholds are learned."""
 
-    def __init__(self, thresholds: Tensor, temperature: float):
-        """thresholds (L,), a parameter that wants a gradient. temperature: τ."""
-        self.thresholds, self.temperature = thresholds, temperature
+    def __init__(self, thresholds: Tensor, temperature: float, masks_attention: bool = False):
+        """thresholds (L,), a parameter that wants a gradient. temperature: τ.
+
+        masks_attention: a mask multiplies the presence of its token in the attention of all later layers, so that a mask
+        of 0 is the same as dropping. Otherwise it multiplies the token's state, as in the paper.
+        """
+        self.thresholds, self.temperature, self.masks_attention = thresholds, temperature, masks_attention
 
     def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
         return True
@@ -426,21 +438,29 @@ def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> 
 
 
 def attend_and_score(
-    query: Tensor, key: Tensor, value: Tensor, grid: Grid, dropout: nn.Module, first_only: bool
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, presence: Tensor | None, dropout: nn.Module, first_only: bool
 ) -> tuple[Tensor, Tensor]:
     """Attention that writes its probabilities down, for some queries at a time, and sums what each token receives.
 
-    query, key, value (b, H, n, d) (query may have one row alone). Returns the context (b, H, q, d), the first query's
-    alone if `first_only`, and Σ_h Σ_j A_h(j, i) over the queries j that are no padding, before dropout (b, n) float32.
+    query, key, value (b, H, n, d) (query may have one row alone). presence (b, n): how much of each token is there; None:
+    all. A key's probability is multiplied by its presence before the probabilities are made to sum to 1, and what a query
+    gives counts in proportion to its own presence.
+    Returns the context (b, H, q, d), the first query's alone if `first_only`, and Σ_h Σ_j A_h(j, i) over the queries j
+    that are no padding, before dropout (b, n) float32.
     """
+    bias, weight = grid.bias, grid.alive
+    if presence is not None:  # a presence below 1e-6 counts as that: 0 has no logarithm
+        log_presence = presence.clamp(min=1e-6).log()[:, None, None]
+        bias = log_presence if bias is None else bias + log_presence
+        weight = presence if weight is None else presence * weight
     chunks = [query] if grid.query_rows is None else query.split(grid.query_rows, 2)
     contexts, received, start = [], [], 0
     for rows in chunks:
-        probabilities = attention_probabilities(rows, key, grid.bias)
-        given = probabilities.sum(1)  # (b, q, n) over heads
-        if grid.alive is not None:
-            given = given * grid.alive[:, start : start + rows.size(2), None]
-        received.append(given.sum(1))
+        probabilities = attention_probabilities(rows, key, bias)
+        over_heads = probabilities.sum(1)  # (b, q, n)
+        if weight is not None:
+            over_heads = over_heads * weight[:, start : start + rows.size(2), None]
+        received.append(over_heads.sum(1))
         if not first_only:
             contexts.append(dropout(probabilities).to(value.dtype) @ value)
         elif start == 0:
@@ -459,13 +479,19 @@ class SelfAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, seqs: Sequences, score: bool, first_only: bool) -> tuple[Tensor, Tensor | None]:
-        """x (T, D) -> attended (T, D), or (B, D) of the first tokens if `first_only`; received (T,) if `score`."""
+    def forward(
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (T, D) -> attended (T, D), or (B, D) of the first tokens if `first_only`; received (T,) if `score`.
+
+        presence (T,): see `attend_and_score`. It goes with `score`.
+        """
         if seqs.single and not self.training:  # (in training, dropout acts on the one probability)
             return self.attend_alone(x, score)
+        presences = [None] * len(seqs.grids) if presence is None else seqs.lay(presence[:, None])
         contexts, received = [], []
-        for grid, query, key, value in self.project(x, seqs, one_query=first_only and not score):
-            context, sums = self.attend(query, key, value, grid, score, first_only)
+        for projected, present in zip(self.project(x, seqs, one_query=first_only and not score), presences):
+            context, sums = self.attend(*projected, present, score, first_only)
             contexts.append(context.transpose(1, 2).flatten(2))  # (b, n, D), or (b, 1, D)
             received.append(sums)
         context = torch.cat(contexts).squeeze(1) if first_only else seqs.flatten(contexts)
@@ -490,12 +516,20 @@ class SelfAttention(nn.Module):
         return x.unflatten(2, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, score: bool, first_only: bool
+        self,
+        grid: Grid,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        presence: Tensor | None,
+        score: bool,
+        first_only: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The fused kernel where nobody needs the probabilities; with dropout, a CPU is faster without it."""
         rate = self.dropout.p if self.training else 0.0
         if score or (rate > 0 and not query.is_cuda):
-            return attend_and_score(query, key, value, grid, self.dropout, first_only)
+            presence = None if presence is None else presence.squeeze(2)
+            return attend_and_score(query, key, value, grid, presence, self.dropout, first_only)
         bias = None if grid.bias is None else grid.bias.to(query.dtype)
         return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=rate), None
 
@@ -584,10 +618,10 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def attention_block(
-        self, x: Tensor, seqs: Sequences, score: bool, first_only: bool
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         """x (T, D) -> (T, D), or (B, D) if `first_only`; attention received by each token (T,) if `score`."""
-        attended, received = self.attention(x, seqs, score, first_only)
+        attended, received = self.attention(x, seqs, presence, score, first_only)
         residual = x[seqs.starts] if first_only else x
         return self.attention_norm(residual + self.dropout(attended)), received
 
@@ -671,7 +705,9 @@ class Model(nn.Module):
         for l, layer in enumerate(self.layers):
             last = l == len(self.layers) - 1
             first_only = last and exits is None  # a classifier reads the first tokens: x becomes (B, D)
-            x, received = layer.attention_block(x, seqs, pruner.needs_scores(l, seqs, first_only), first_only)
+            presence = alive.share if pruner.masks_attention else None
+            score = pruner.needs_scores(l, seqs, first_only)
+            x, received = layer.attention_block(x, seqs, presence, score, first_only)
             scores = None if received is None else self.importance(received, seqs)
             decision = pruner.decide(l, scores, alive, seqs)
             steps.append(Step(alive.tokens, scores, decision))
@@ -685,9 +721,10 @@ class Model(nn.Module):
             if decision.mask is not None:
                 alive = alive._replace(share=alive.share * decision.mask)
                 # The paper masks a layer's output, though dropping comes before the feed-forward block. The last layer's
-                # output needs no mask: a first token's is 1, and other heads weigh by shares. So of a classifier's last
-                # threshold only the regulariser has a gradient.
-                x = x if last else x * decision.mask[:, None].to(x.dtype)
+                # output needs no mask: a first token's is 1, and other heads weigh by shares. So a classifier's last
+                # threshold gets no gradient but the regulariser's.
+                if not last and not pruner.masks_attention:
+                    x = x * decision.mask[:, None].to(x.dtype)
         if exits is not None:
             x = exits.index_add(0, alive.tokens, alive.share[:, None].to(x.dtype) * x)
         return Output(self.head(x), steps)

@@ -20,7 +20,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -93,8 +93,8 @@ def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def distillation_loss(logits: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """How far answers are from the teacher's. logits and teacher (K, C), targets (K,) -> ().
 
-    Kullback-Leibler divergence at temperature 2, times its square (Hinton et al., arXiv 1503.02531); squared error where
-    there is one output.
+    Kullback-Leibler divergence at DISTILL_TEMPERATURE, times its square (Hinton et al., arXiv 1503.02531); squared error
+    where there is one output.
     """
     if logits.size(1) == 1:
         return F.mse_loss(logits.float(), teacher, reduction="sum")
@@ -181,7 +181,7 @@ def scale_thresholds(
 
 
 class StepResult(NamedTuple):
-    """What one step tells."""
+    """The figures of one step."""
 
     loss: float  # mean over the global batch, without λ's part
     relative_flops: float  # of the soft masks; 0 in other modes
@@ -189,7 +189,7 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """A model in training: its optimizer, its schedule, and the step that one would draw on a board."""
+    """A model in training: its optimizer, its schedule, its step."""
 
     def __init__(
         self, model: Model, mode: str, task: Task, train_set: Examples, settings: Settings, process: Process = Process()
@@ -213,7 +213,9 @@ class Trainer:
 
     def pruner(self) -> Dense:
         """The pruner of the next training pass."""
-        return Soft(self.model.thresholds, self.temperature()) if self.mode == "soft" else self.frozen_pruner
+        if self.mode == "soft":
+            return Soft(self.model.thresholds, self.temperature(), self.settings.mask_attention)
+        return self.frozen_pruner
 
     def temperature(self) -> float:
         """τ falls exponentially to `temperature_end`, if that is lower."""
@@ -237,8 +239,8 @@ class Trainer:
             yield from batches
             step += len(batches)
 
-    def step(self, indices: np.ndarray, stop: bool = False) -> StepResult:
-        """One optimizer step on a global batch. stop: whether this process was asked to stop.
+    def step(self, indices: np.ndarray, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """One optimizer step on a global batch. stop: tells whether this process was asked to stop.
 
         Beside the model's own passes it waits for the device once.
         Raises: FloatingPointError for a loss or gradient that is not finite.
@@ -246,7 +248,7 @@ class Trainer:
         self.set_rates()
         self.model.train()
         loss_and_flops = self.backward(indices)
-        sums = self.process.sum(torch.cat([loss_and_flops, loss_and_flops.new_full((1,), float(stop))]))
+        sums = self.process.sum(torch.cat([loss_and_flops, loss_and_flops.new_full((1,), float(stop()))]))
         norm = torch.nn.utils.clip_grad_norm_(weights_of(self.model), self.settings.max_grad_norm)
         if self.mode == "soft":
             norm = norm + self.model.thresholds.grad.norm()  # checked, but not clipped
@@ -294,8 +296,8 @@ class Trainer:
         return totals
 
     def losses(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs some examples. Returns sums over them: the task's loss (mixed with the teacher's), and of soft masks the
-        multiply-accumulates and the masks themselves (0 in other modes)."""
+        """Runs some examples. Returns three sums over them: the loss (the task's mixed with the teacher's), the
+        multiply-accumulates by the soft counts, and the soft masks. The last two are 0 in other modes."""
         batch = self.train_set.batch(indices).to(self.process.device)
         targets = self.task.targets(self.train_set, indices).to(self.process.device)
         with self.process.autocast():
@@ -513,7 +515,7 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
     try:
         for indices in trainer.batches():
             start = time.perf_counter()
-            result = trainer.step(indices, stop=run.stop_signal is not None)
+            result = trainer.step(indices, stop=lambda: run.stop_signal is not None)
             times.append(time.perf_counter() - start)
             losses.append(result.loss)
             run.note(trainer, result.loss, best)

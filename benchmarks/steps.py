@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Examples, epoch_batches  # noqa: E402
 from model import macs  # noqa: E402
-from runs.stage import PRUNE_MODES  # noqa: E402
 from support.checkpoint import load_model  # noqa: E402
 from support.cpu import use_fast_dropout  # noqa: E402
 from support.errors import InputError  # noqa: E402
@@ -36,11 +35,11 @@ from support.settings import Settings  # noqa: E402
 from tasks import find_task  # noqa: E402
 from tasks.base import Source  # noqa: E402
 from tasks.tokenizer import Tokenizer  # noqa: E402
-from train import Trainer  # noqa: E402
+from train import MODES, PRUNE_MODES, Trainer  # noqa: E402
 
 Step = Callable[[np.ndarray], Any]
-MODES = {"dense": "none", "soft": "soft", "hard": "hard", "topk": "topk"}
-WARM_UP = 2  # steps
+STAGES = {"dense": "finetune", "soft": "soft", "hard": "hard", "topk": "topk"}  # by their names in the table
+WARM_UP = 2  # steps before the timed ones
 
 
 def make_trainers(
@@ -49,11 +48,14 @@ def make_trainers(
     """A trainer for each stage, with learning rates of 0: all keep the same weights."""
     settings = Settings(learning_rate=0.0, threshold_learning_rate=0.0, batch_size=batch_size)
     trainers = {}
-    for name, mode in MODES.items():
+    for name, stage in STAGES.items():
+        mode = MODES[stage]
         changes = {"token_keep_rate": token_keep_rate, "prune_mode": PRUNE_MODES[mode]}
         model = load_model(restore, source.task.labels or ("score",), **changes).model
         model = use_fast_dropout(model.to(process.device))
-        trainers[name] = Trainer(model, mode, source.task, train_set, settings, process)
+        trainers[name] = Trainer(
+            model, mode=mode, task=source.task, train_set=train_set, settings=settings, process=process
+        )
     return trainers
 
 
@@ -123,16 +125,20 @@ def print_row(row: dict[str, Any]) -> None:
 @click.option("--task", required=True)
 @click.option("--data", type=click.Path(exists=True, path_type=Path))
 @click.option("--batch-size", default=64, show_default=True)
-@click.option("--steps", default=8, show_default=True, help="Timed steps a stage, after two to warm up.")
+@click.option("--steps", default=8, show_default=True, help="Timed steps a stage, after the warm-up.")
 @click.option("--token-keep-rate", default=0.2, show_default=True, help="Of the top-k steps.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(restore, task, data, batch_size, steps, token_keep_rate, json_file) -> None:
     """Times training steps; the learning rate is 0, so that every stage keeps the same weights."""
     process, source = start_process(), Source(find_task(task), data)
     train_set = source.load("train", Tokenizer(restore), 128)[0][""]
-    batches = [part for part in epoch_batches(train_set.lengths, batch_size, 42, 0) if len(part) == batch_size]
+    batches = [
+        part for part in epoch_batches(train_set.lengths, batch_size, seed=42, epoch=0) if len(part) == batch_size
+    ]
     batches = batches[: steps + WARM_UP]
-    trainers = make_trainers(restore, source, train_set, batch_size, token_keep_rate, process)
+    trainers = make_trainers(
+        restore, source, train_set, batch_size=batch_size, token_keep_rate=token_keep_rate, process=process
+    )
     contenders: dict[str, Step] = {name: trainer.step for name, trainer in trainers.items()}
     theirs = their_step(restore, train_set)
     contenders |= {f"transformers SDPA, {kind} batches": theirs for kind in ("the same", "random")}

@@ -13,8 +13,8 @@ from train import relative_flops
 
 # `train.scale_thresholds` multiplies the starting thresholds: only their proportions matter.
 START_HEIGHT = 0.01  # near a token's mean score, 1/128, so that few doublings of the factor are needed
-LADDER_POWER = 4.0  # steep: the first layers stay whole, and the last ones close
-WHOLE_LAYERS = 2  # below the cost of this many whole layers, the ladder would have to prune the first layers too
+LADDER_POWER = 4.0  # steep: the first layers keep almost all tokens, the last ones few
+WHOLE_LAYERS = 2  # below the cost of this many dense layers, the ladder would have to prune the first layers too
 ROUNDING = 0.01  # a target written with two digits, such as 0.33 for 2 of 6 layers, counts as that share
 LOW_BUDGET = (1.0, 0.0)  # proportions of the first two thresholds below that cost ...
 LOW_BUDGET_REST = 10.0  # ... and of all others
@@ -25,8 +25,8 @@ BISECTIONS = 30  # halve an interval of a few units to a precision of 1e-8
 def starting_thresholds(num_layers: int, target: float) -> Tensor:
     """Thresholds that soft training towards `target` starts from, up to one factor: (L,).
 
-    A steep ladder leaves the first layers whole; the last ones work on what those found. Below the cost of two whole
-    layers the first layer prunes instead: the second, with threshold 0, has something left to read.
+    A steep ladder keeps almost all tokens in the first layers, and prunes in the last ones. Below the cost of
+    `WHOLE_LAYERS` dense layers the first layer prunes instead, and the second, with threshold 0, does not.
     """
     if target >= WHOLE_LAYERS / num_layers - ROUNDING:
         return threshold_ladder(START_HEIGHT, num_layers, power=LADDER_POWER)

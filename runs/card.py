@@ -76,7 +76,7 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
     path = folder / "README.md"
     if is_ours(path):
         name = f"ltp-{header.get('task', 'custom')}-{header.get('stage', 'train')}".lower()
-        metadata = card_metadata(name, config, header, record)
+        metadata = card_metadata(name, config, header=header, record=record)
         sections = (
             f"---\n{metadata.to_yaml()}\n---\n\n{MARK}\n\n# {name}\n",
             summary(config, header, record),

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from model import Config
+from model import Config, topk_rates
 from support.errors import InputError, plural
 from tasks.base import Task
 
@@ -28,8 +28,8 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
         raise InputError(f"--final-token-threshold {threshold}: a score lies between 0 and 1, and so must a threshold")
     if rate is not None and not -math.inf < rate <= 1:
         raise InputError(f"--token-keep-rate {rate}: expected at most 1 (negative values prune more steeply)")
-    if changes.get("prune_mode") == "topk" and config.num_hidden_layers <= 3:
-        raise InputError(f"topk never prunes the first 3 layers, and this model has {config.num_hidden_layers}")
+    if changes.get("prune_mode") == "topk" and min(topk_rates(0.0, config.num_hidden_layers)) == 1:
+        raise InputError(f"topk never prunes the first layers, and this model has only {config.num_hidden_layers}")
 
 
 def known_labels(task: Task, config: Config) -> tuple[str, ...] | None:
@@ -44,12 +44,12 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...]:
     """The labels on which a checkpoint and a task agree; () for regression. Raises: InputError if they do not agree."""
     labels = config.labels if task.labels is None else task.labels
     if config.head != task.head:
-        does = {
+        descriptions = {
             "sequence": "classifies texts",
             "token": "tags words (--tagging)",
             "span": "finds answers in a text (--task SQuAD or SQuAD2)",
         }
-        raise InputError(f"{folder}: {does[config.head]}, which is another kind of task than {task.title}")
+        raise InputError(f"{folder}: {descriptions[config.head]}, which is another kind of task than {task.title}")
     if max(1, len(labels)) != len(config.labels):
         hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
         raise InputError(

@@ -78,9 +78,12 @@ def clear_states(folder: Path) -> None:
 
 
 def append(log: Path, record: dict[str, Any]) -> None:
-    """Adds a line to a log."""
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Adds a line to a log. Raises: InputError if it cannot be written."""
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"{log}: could not be written ({error})") from None
 
 
 def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,9 +104,9 @@ def finished(log: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(log: Path, header: dict[str, Any]) -> None:
-    """Raises InputError if the log was begun with other settings than `header`, or by another version's settings.
+    """Raises InputError if the log was begun with other settings than `header`.
 
-    A log that does not exist passes.
+    A log that does not exist passes. A setting of another version passes if it was off.
     """
     try:
         first = json.loads(log.read_text(encoding="utf-8").split("\n", 1)[0])
@@ -111,23 +114,23 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
         return
     except ValueError:
         raise InputError(f"{log}: damaged; remove it, or pass --overwrite, to start again") from None
-    unknown = sorted(set(first.get("settings", {})) - set(header["settings"]))
-    if unknown:
-        raise InputError(
-            f"{log}: the run was started by another version, with the setting {unknown[0]}, which this version does "
-            "not have; pass --overwrite to start again, or choose another --output"
-        )
+    for name, value in sorted(first.get("settings", {}).items()):
+        if name not in header["settings"] and value:
+            raise InputError(
+                f"{log}: the run was started by another version, with {name} = {value}, which this version does not "
+                "have; pass --overwrite to start again, or choose another --output"
+            )
     for name in header:
         if name != "settings" and header[name] != first.get(name):
-            raise other_setting(log, name, first.get(name), header[name])
+            raise other_setting(log, name, logged=first.get(name), current=header[name])
     for name, value in header["settings"].items():
         if value != first.get("settings", {}).get(name):
-            raise other_setting(log, name, first.get("settings", {}).get(name), value)
+            raise other_setting(log, name, logged=first.get("settings", {}).get(name), current=value)
 
 
-def other_setting(log: Path, name: str, there: Any, here: Any) -> InputError:
+def other_setting(log: Path, name: str, logged: Any, current: Any) -> InputError:
     """The error for a run that was started with another value."""
-    return InputError(f"{log}: the run was started with {name} = {there}, not {here}; use the same options")
+    return InputError(f"{log}: the run was started with {name} = {logged}, not {current}; use the same options")
 
 
 def describe(record: dict[str, Any], best: bool) -> str:
@@ -235,7 +238,7 @@ class RunFolder:
 
     @property
     def seconds(self) -> float:
-        """Of training, with evaluations, over all parts of the run."""
+        """Seconds of training and evaluation, over all parts of the run."""
         return self.elapsed + time.perf_counter() - self.started
 
     def begin(self, trainer: Trainer, tokenizer: Tokenizer, resume: bool = False) -> dict[str, Any] | None:
@@ -322,7 +325,7 @@ class RunFolder:
         if self.process.main:
             if saved:
                 save_model(self.folder, trainer.model)
-                write_card(self.folder, trainer.model.config, self.header, record)
+                write_card(self.folder, trainer.model.config, header=self.header, record=record)
             append(self.log, record | {"saved": saved})
         self.write_board(trainer.completed, board_values(record))
         self.show(describe(record, saved and trainer.settings.load_best))

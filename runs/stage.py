@@ -93,21 +93,35 @@ def run_stage(
     train_set, dev_sets, labels = load_examples(request, plan)
     model = prepare_model(request, plan, labels)
     if request.settings.target_flops:
-        plan.notes.append(meet_target(request, model.to(process.device), train_set, process))
+        plan.notes.append(meet_target(request, model.to(process.device), train_set, process=process))
     if request.distill:
         show("asking the teacher ...")
-        batch_size = request.settings.batch_size
         train_set.teacher = ask_teacher(
-            request.distill, request.source, labels, plan.tokenizer, plan.max_length, process, batch_size
+            request.distill,
+            request.source,
+            labels=labels,
+            student=plan.tokenizer,
+            max_length=plan.max_length,
+            process=process,
+            batch_size=request.settings.batch_size,
         )
     for note in plan.notes:
         show(f"note: {note}")
-    show_counts(request.source.task, plan.max_length, train_set, dev_sets, show)
+    show_counts(request.source.task, plan.max_length, train_set=train_set, dev_sets=dev_sets, show=show)
     model = use_fast_dropout(model.to(process.device))
-    trainer = Trainer(model, MODES[request.stage], request.source.task, train_set, request.settings, process)
-    with RunFolder(plan.folder, plan.header, process, show, progress, request.tensorboard) as run:
+    trainer = Trainer(
+        model,
+        mode=MODES[request.stage],
+        task=request.source.task,
+        train_set=train_set,
+        settings=request.settings,
+        process=process,
+    )
+    with RunFolder(
+        plan.folder, plan.header, process=process, show=show, progress=progress, tensorboard=request.tensorboard
+    ) as run:
         # The state is passed on without a name here: it would keep a copy of the model for the whole run.
-        result = train(trainer, dev_sets, run, run.begin(trainer, plan.tokenizer, request.resume))
+        result = train(trainer, dev_sets, run, state=run.begin(trainer, plan.tokenizer, request.resume))
         show_missed_target(request.settings.target_flops, result, show)
         return plan.folder, run.finish(result)
 
@@ -130,13 +144,23 @@ def make_plan(request: StageRequest) -> Plan:
     tokenizer.check_fits(config.vocab_size, restore)
     check_settings(request.settings)
     output = request.output
-    folder = output or default_output(request.stage, restore, task, replace(config, **changes), request.settings)
-    check_output(folder, request.overwrite, request.resume)
+    if output is None:
+        changed = replace(config, **changes)
+        output = default_output(request.stage, restore, task=task, config=changed, settings=request.settings)
+    check_output(output, request.overwrite, request.resume)
     if request.tensorboard:
         find_tensorboard()  # before anything is read
-    if folder.resolve() in (Path(restore).resolve(), Path(request.distill or restore).resolve()):
-        raise InputError(f"--output {folder}: is the checkpoint to start from, or the teacher; choose another")
-    return Plan(config, changes, max_length, tokenizer, folder, log_header(request), notes)
+    if output.resolve() in (Path(restore).resolve(), Path(request.distill or restore).resolve()):
+        raise InputError(f"--output {output}: is the checkpoint to start from, or the teacher; choose another")
+    return Plan(
+        config=config,
+        changes=changes,
+        max_length=max_length,
+        tokenizer=tokenizer,
+        folder=output,
+        header=log_header(request),
+        notes=notes,
+    )
 
 
 def pruning_changes(request: StageRequest, config: Config) -> dict[str, Any]:
@@ -166,8 +190,8 @@ def check_head(request: StageRequest, config: Config) -> None:
 def choose_length(request: StageRequest, config: Config, notes: list[str]) -> int | None:
     """The max_seq_length that the stage sets; None keeps the checkpoint's.
 
-    Fine-tuning uses the task's where neither the user nor the checkpoint says another. What a checkpoint with another
-    head says was not chosen for windows of contexts.
+    Fine-tuning uses the task's length where neither the user nor the checkpoint sets one. For questions it also does so
+    where the checkpoint has another head: its length was not chosen for windows of contexts.
     """
     task, length = request.source.task, request.options.max_seq_length
     if length or request.stage != "finetune":
@@ -224,7 +248,7 @@ def finished_result(plan: Plan, settings: Settings, process: Process) -> Result 
     if process.main:
         clear_states(plan.folder)  # a kill right after the last line left them
     _, first = next(read_log(log))
-    return Result(best, first["steps"], math.nan, math.nan)
+    return Result(best, steps=first["steps"], seconds_per_step=math.nan, mean_seconds_per_step=math.nan)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,8 +260,8 @@ def load_examples(request: StageRequest, plan: Plan) -> tuple[Examples, dict[str
     source = request.source
     # Fine-tuning may change the classes of the user's own data. Later stages keep those of the checkpoint.
     labels = source.task.labels if request.stage == "finetune" else known_labels(source.task, plan.config)
-    train_sets, labels = source.load("train", plan.tokenizer, plan.max_length, labels)
-    dev_sets, _ = source.load("dev", plan.tokenizer, plan.max_length, labels)
+    train_sets, labels = source.load("train", plan.tokenizer, plan.max_length, labels=labels)
+    dev_sets, _ = source.load("dev", plan.tokenizer, plan.max_length, labels=labels)
     return train_sets[""], dev_sets, labels
 
 
@@ -271,7 +295,7 @@ def meet_target(request: StageRequest, model: Model, train_set: Examples, proces
         rate = rate_for_budget(model.config, lengths, protected, target)
         model.config = replace(model.config, token_keep_rate=rate)
         return f"a token keep rate of {rate:.3f} meets the target"
-    factor = scale_thresholds(model, train_set, target, process)
+    factor = scale_thresholds(model, train_set, target, process=process)
     if factor is None:
         raise InputError(f"--target-flops {target}: no multiple of the thresholds prunes so much; pass a larger one")
     return f"the thresholds are multiplied by {factor:.3f} to meet the target"
@@ -328,12 +352,20 @@ def evaluate_checkpoint(
     if config.prune_mode == "absolute_threshold" and not has_thresholds:
         final = config.final_token_threshold
         notes.append(f"no thresholds in {folder}: using final_token_threshold · l / L, {final} · l / L")
-    sets, _ = source.load("eval", tokenizer, limit, labels)
+    sets, _ = source.load("eval", tokenizer, limit, labels=labels)
     for note in notes:
         show(f"note: {note}")
     cut = describe_cut(source.task, sum(examples.truncated for examples in sets.values()), limit)
     if cut:
         show(cut)
     model, pruner = pack_weights(model.to(process.device)), Dense() if options.dense else None
-    result = evaluate(model, source.task, sets, process, options.batch_size, pruner, options.max_tokens)
-    return result[0], sets, result[1]
+    evaluation, logits = evaluate(
+        model,
+        source.task,
+        sets,
+        process=process,
+        batch_size=options.batch_size,
+        pruner=pruner,
+        max_tokens=options.max_tokens,
+    )
+    return evaluation, sets, logits

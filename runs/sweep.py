@@ -1,4 +1,4 @@
-"""A grid of pruned models of one task, trained one after the other: which accuracy for which share of the FLOPs?"""
+"""A grid of pruned models of one task, trained one after the other: accuracy at several shares of the FLOPs."""
 
 from __future__ import annotations
 
@@ -101,21 +101,21 @@ def run_sweep(
     config = load_config(request.restore)
     config = replace(config, max_seq_length=request.max_seq_length or config.max_seq_length)
     lowest = lowest_topk_budget(request, config, show)
-    length = EvaluationOptions(max_length=request.max_seq_length)
-    dense = evaluate_checkpoint(request.restore, request.source, process, replace(length, dense=True))[0]
+    options = EvaluationOptions(max_length=request.max_seq_length)
+    dense = evaluate_checkpoint(request.restore, request.source, process, options=replace(options, dense=True))[0]
     rows["dense"] = {"name": "dense", "method": "dense"} | conditions | asdict(dense)
-    cells = grid_cells(request.methods, request.grid, lowest, request.distill is not None)
+    cells = grid_cells(request.methods, request.grid, lowest, distilled=request.distill is not None)
     for number, cell in enumerate(cells, 1):
         show(f"\n{number} of {len(cells)}: {cell.name}")
         stages = cell_stages(cell, request, config)
         row = {"name": cell.name, "method": cell.method, "folder": str(stages[-1].output), **dict(cell.point)}
-        row |= {"distilled": cell.distilled} | train_cell(stages, config, process, show, progress)
-        # One more evaluation: all rows come from one process in one precision, whoever trained them.
-        row |= asdict(evaluate_checkpoint(stages[-1].output, request.source, process, length)[0])
+        row |= {"distilled": cell.distilled} | train_cell(stages, config, process, show=show, progress=progress)
+        # Evaluated again, so that all rows are computed alike, also those of cells that an earlier call trained.
+        row |= asdict(evaluate_checkpoint(stages[-1].output, request.source, process, options=options)[0])
         rows[cell.name] = row
         write_results(results, rows, process)
     if measure and process.world > 1:
-        show("note: speed is measured in one process; the same command without torchrun does")
+        show("note: speed is measured in one process; the same command without torchrun measures it")
     elif measure:
         for cell in cells:
             rows[cell.name]["speedup"] = speedups(rows[cell.name], measure, show)
@@ -154,7 +154,7 @@ def lowest_topk_budget(request: SweepRequest, config: Config, show: Show) -> flo
         return None
     folder, source = request.restore, request.source
     limit = length_limit(config, folder, request.max_seq_length)
-    examples = source.load("train", Tokenizer(folder), limit, known_labels(source.task, config))[0][""]
+    examples = source.load("train", Tokenizer(folder), limit, labels=known_labels(source.task, config))[0][""]
     lengths, protected = torch.from_numpy(examples.lengths), protected_tokens(config, examples)
     lowest = topk_flops(config, lengths, protected, lowest_rate(config))
     lowest = min(1.0, (int(lowest * 1000) + 1) / 1000)
@@ -180,16 +180,23 @@ def cell_stages(cell: Cell, request: SweepRequest, config: Config) -> list[Stage
     """
     requests, restore = [], request.restore
     for stage in METHODS[cell.method]:
-        # Adapting to frozen thresholds takes the settings that mean something without learning them.
+        # `hard` learns no thresholds: it takes the settings that `manual` takes too.
         point = {name: value for name, value in cell.point if stage == "soft" or "manual" in AXES[name]}
         epochs = request.epochs if stage == "soft" else request.adapt_epochs
         chosen = {"epochs": epochs, "batch_size": request.batch_size} | point
         usual = usual_settings(stage, point.get("target_flops"), config)
         settings = Settings(**(usual | {name: value for name, value in chosen.items() if value is not None}))
-        options, folder = PruningOptions(max_seq_length=request.max_seq_length), request.output / cell.name / stage
+        folder = request.output / cell.name / stage
         requests.append(
             StageRequest(
-                stage, restore, request.source, settings, options, folder, resume=True, distill=request.distill
+                stage=stage,
+                restore=restore,
+                source=request.source,
+                settings=settings,
+                options=PruningOptions(max_seq_length=request.max_seq_length),
+                output=folder,
+                resume=True,
+                distill=request.distill,
             )
         )
         restore = folder
@@ -205,7 +212,7 @@ def train_cell(
         commands.append(stage_command(stage, config, process))
         show(f"$ {commands[-1]}")
         torch.manual_seed(stage.settings.seed + process.rank)  # a cell does not depend on those before it
-        _, result = run_stage(stage, process, show, progress)
+        _, result = run_stage(stage, process, show=show, progress=progress)
         best[stage.stage] = result.best
     row = {"commands": commands} | best[stages[-1].stage]
     if "soft" in best:

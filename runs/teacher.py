@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,21 +34,23 @@ def ask_teacher(
 ) -> Tensor:
     """The teacher's logits of the training examples, for `Examples.teacher`: (N, C), or (ΣT, C) with an answer a token.
 
-    The teacher reads the texts with its own tokenizer. The logits are kept in the cache of `datasets`, for the next
-    stage that asks the same model about the same tokens in the same way.
+    The teacher reads the texts with its own tokenizer. The cache of `datasets` keeps the logits: a later
+    stage with the same teacher, tokens and conditions reads them there.
     Raises: InputError, also for a teacher that answers for each token and whose tokens are not the student's.
     """
+    import datasets
+
     tokenizer, config = Tokenizer(folder), load_config(folder)
-    check_teacher(folder, config, source, labels, tokenizer, student)
+    check_teacher(folder, config, source, labels=labels, tokenizer=tokenizer, student=student)
     limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
-    examples = source.load("train", tokenizer, limit, labels)[0][""]
+    examples = source.load("train", tokenizer, limit, labels=labels)[0][""]
     teacher = load_model(folder, labels or config.labels).model
-    key = cache_key(teacher, examples, process, batch_size)
+    key = cache_key(teacher, examples, process, batch_size=batch_size)
     path = Path(datasets.config.HF_DATASETS_CACHE, f"answers-{key}.safetensors")
     if all(process.gather(path.is_file())):
         return load_file(path)["logits"]
     teacher = pack_weights(teacher.to(process.device))
-    rows = predict_logits(teacher, examples, process, batch_size, Dense())[0]
+    rows = predict_logits(teacher, examples, process, batch_size=batch_size, pruner=Dense())[0]
     logits = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))
     if process.main:
         write_file(path, lambda temporary: save_file({"logits": logits}, temporary))

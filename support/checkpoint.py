@@ -417,7 +417,7 @@ def check_tensor(tensor: Tensor | None, name: str, shape: tuple[int, ...], folde
 
 
 def refuse_unknown(tensors: dict[str, Tensor], config: Config, folder: Path) -> None:
-    """Raises InputError for tensors that are left over and that this encoder does not know as unneeded."""
+    """Raises InputError for tensors that are left over, unless `UNUSED` names them."""
     unknown = sorted(name for name in tensors if not UNUSED.search(name))
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""

@@ -60,7 +60,7 @@ def new_table(left: tuple[str, ...], *names: str) -> Table:
 def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Prints evaluations one below the other on standard output: (title, fields of an `Evaluation`) each.
 
-    Four metrics have columns; where there are more, two have, and the others stand in a line below the table.
+    A few metrics have a column each. Of many, only the first ones have, and the others stand in a line below the table.
     """
     metrics = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
     metrics, others = (metrics, []) if len(metrics) <= 4 else (metrics[:2], metrics[2:])

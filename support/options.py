@@ -103,7 +103,8 @@ data_options = table(
         "max_seq_length",
         type=LENGTH,
         help="Cut texts to this many tokens; a question gets a part of its context.  [default: the checkpoint's, else "
-        f"{MAX_SEQ_LENGTH}; {QUESTION_LENGTH} for questions]",
+        f"{MAX_SEQ_LENGTH}; {QUESTION_LENGTH} for questions, also in `finetune` from a checkpoint without a question "
+        "head]",
     ),
 )
 length_option = click.option(
@@ -124,7 +125,14 @@ distill_option = click.option(
 # Training
 
 # Settings that have a meaning only where thresholds are learned, and those that have one only where tokens are pruned.
-SOFT_ONLY = {"regularization", "temperature", "temperature_end", "threshold_learning_rate", "threshold_weight_decay"}
+SOFT_ONLY = {
+    "regularization",
+    "temperature",
+    "temperature_end",
+    "mask_attention",
+    "threshold_learning_rate",
+    "threshold_weight_decay",
+}
 PRUNED_ONLY = {"target_flops", "distill_weight"}
 
 threshold_option = click.option(
@@ -160,7 +168,9 @@ STAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "topk": (keep_rate_option, protect_option, distill_option),
     "manual": (threshold_option, score_norm_option, protect_option, distill_option),
 }
-TARGET_SETTINGS = ", ".join(f"{flag(name)} {value:g}" for name, value in soft_target(128).items())
+TARGET_SETTINGS = ", ".join(
+    flag(name).split("/")[0] + ("" if value is True else f" {value:g}") for name, value in soft_target(128).items()
+)
 STAGE_HELP = {
     "finetune": """Fine-tune without pruning: the first step, and the dense model to compare with.
 
@@ -199,8 +209,8 @@ STAGE_HELP = {
     """,
     "topk": """Baseline: keep a fixed share of each text's tokens.
 
-    Each layer keeps the tokens with the highest scores (SpAtten's schedule). The first max(3, 15% of L) layers keep all
-    tokens. Then the share falls linearly to --token-keep-rate in the last layer.
+    Each layer keeps the tokens with the highest scores (SpAtten's schedule). The first layers keep all tokens. Then the
+    share falls linearly to --token-keep-rate in the last layer.
 
     \b
     python ltp.py topk --task MRPC --restore CKPT_of_finetune --token-keep-rate 0.2

@@ -1,4 +1,4 @@
-"""This process among all: device, precision, collectives between processes, and signals."""
+"""Device and precision of this process, collectives between processes, and signals."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def start_process(
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+        torch.backends.cuda.matmul.allow_tf32 = False  # TF32 would round the factors of fp32 products
     if world > 1 and not dist.is_initialized():
         join_group(rank, world, "nccl" if chosen.type == "cuda" else "gloo")
     torch.manual_seed(seed + rank)  # dropout differs from rank to rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from typing import Any
@@ -10,10 +11,11 @@ import click
 
 from support.errors import InputError, Interrupted
 
-# What a process of several sees when another one is gone: gloo's messages, then NCCL's.
+# Messages of gloo, then of NCCL, in a process whose peer has ended.
 LOST_PROCESS = re.compile(
     "connection (closed|reset) by peer|connection refused|remote process exited|communicator was aborted", re.IGNORECASE
 )
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, or none of the user's quota
 
 
 class Program(click.Group):
@@ -28,7 +30,7 @@ class Program(click.Group):
         except InputError as error:
             raise refusal(error) from None
         except OSError as error:
-            if error.filename is None:  # not about a file
+            if error.filename is None and error.errno not in DISK_FULL:  # not about a file
                 raise
             raise refusal(error) from None
         except RuntimeError as error:
@@ -36,12 +38,12 @@ class Program(click.Group):
                 raise
             raise click.ClickException("stopped, because another process failed: see its error") from None
         except Interrupted as error:
+            leave_group()  # all processes stop after the same step
             click.echo(str(error), err=True)
             ctx.exit(128 + error.number)
-        # After an error the group is left to the end of the process: to destroy it may wait for a process that waits
-        # for this one.
-        if in_group():
-            sys.modules["torch"].distributed.destroy_process_group()
+        # After other errors the group stays until the process ends: destroying it may wait for a process that waits for
+        # this one.
+        leave_group()
         return result
 
 
@@ -55,6 +57,12 @@ def refusal(error: Exception) -> click.ClickException:
 def in_group() -> bool:
     """Whether this process is one of several. Does not import torch to find out."""
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+
+
+def leave_group() -> None:
+    """Destroys the process group where there is one. The other processes must come to do the same."""
+    if in_group():
+        sys.modules["torch"].distributed.destroy_process_group()
 
 
 def hyphens(name: str) -> str:

@@ -77,6 +77,12 @@ class Settings:
         "Let τ fall to this value by the end, if τ is above it: soft and hard decisions then come to agree.",
         type=float,
     )
+    mask_attention: bool = setting(
+        False,
+        "What a soft mask multiplies: the layer's output, as in the paper, or the attention that later layers pay to the "
+        "token, which comes closer to dropping it.",
+        "--mask-attention/--mask-output",
+    )
     distill_weight: float = setting(
         0.5, "With --distill: weight of the teacher's answers in the loss; the labels have the rest."
     )
@@ -108,13 +114,15 @@ def flag(name: str) -> str:
 
 
 def soft_target(max_length: int, score_norm: str = "max_length") -> dict[str, Any]:
-    """Defaults of soft training with --target-flops: fast thresholds, and a τ that falls towards the hard decision.
+    """Defaults of soft training with --target-flops: soft masks that act where dropping acts, fast thresholds, and a τ
+    that falls towards the hard decision.
 
-    All three are on the scale of the scores. With score_norm "max_length" the scores are divided by `max_length`, and
+    The last three are on the scale of the scores. With score_norm "max_length" the scores are divided by `max_length`, and
     the values were chosen at 128 tokens.
     """
     scale = 128 / max_length if score_norm == "max_length" else 1.0
     return {
+        "mask_attention": True,
         "temperature": 1e-3 * scale,
         "temperature_end": 2e-4 * scale,
         "threshold_learning_rate": 1e-4 * scale,

@@ -83,8 +83,8 @@ def _best_spans(
     ends = np.concatenate([end, np.full(max_answer_tokens - 1, -np.inf)])
     scores = (start[:, None] + np.lib.stride_tricks.sliding_window_view(ends, max_answer_tokens)).ravel()
     # A character may be several tokens, at most its four bytes: up to 4 * 4 spans are the same text and count as one.
-    enough = min(16 * n_best, len(scores))
-    likely = np.flatnonzero(scores >= np.partition(scores, -enough)[-enough])
+    count = min(16 * n_best, len(scores))
+    likely = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
     best: dict[tuple[int, int], float] = {}
     for index in likely[np.argsort(-scores[likely], kind="stable")]:
         if len(best) == n_best or scores[index] == -np.inf:
@@ -136,13 +136,13 @@ def best_thresholds(
     Returns best_exact, best_exact_threshold, best_f1, best_f1_threshold; of equally good thresholds the lowest.
     """
     scores = np.array([no_answer_scores[question.id] for question in questions])
-    silent = np.array([_compare(question, "") for question in questions])
-    gains = np.array([_compare(question, texts[question.id]) for question in questions]) - silent
+    unanswered = np.array([_compare(question, "") for question in questions])
+    gains = np.array([_compare(question, texts[question.id]) for question in questions]) - unanswered
     order = np.argsort(scores)
     # A threshold answers the questions whose score is at most the threshold; below the lowest score it answers none.
     thresholds = np.array([scores.min() - 1, *np.unique(scores)])
     answered = np.searchsorted(scores[order], thresholds, side="right")
-    totals = silent.sum(0) + np.concatenate([np.zeros((1, 2)), gains[order].cumsum(0)])[answered]
+    totals = unanswered.sum(0) + np.concatenate([np.zeros((1, 2)), gains[order].cumsum(0)])[answered]
     best = {}
     for name, values in zip(("best_exact", "best_f1"), totals.T):
         best[name] = float(100 * values.max() / len(questions))

@@ -1,4 +1,7 @@
-"""What a task is, where its examples come from, and how `predict` asks it. The kinds of heads differ nowhere else."""
+"""What a task is, where its examples come from, and how it reads the records of `predict`.
+
+There is a subclass of `Task` for each kind of head.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class Reader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Opened when a text comes: token ids need none. Raises: InputError."""
+        """Opened at the first text, since records of token ids need no tokenizer. Raises: InputError."""
         tokenizer = Tokenizer(self.folder)
         tokenizer.check_fits(self.config.vocab_size, self.folder)
         return tokenizer
@@ -146,7 +149,7 @@ class Source:
         self, split: str, tokenizer: Tokenizer, max_length: int, labels: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Examples], tuple[str, ...]]:
         """See `Task.load`."""
-        return self.task.load(self, split, tokenizer, max_length, labels)
+        return self.task.load(self, split, tokenizer, max_length, labels=labels)
 
     def rows(self, split: str) -> dict[str, Part]:
         """The sets of a split by the suffix of their metrics.

@@ -6,11 +6,9 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -19,6 +17,9 @@ from support.errors import InputError
 from tasks.base import Prepared, Reader, Record, Source, Task
 from tasks.readers import Row, is_number, is_text, label_order, read_rows
 from tasks.tokenizer import Tokenizer, check_room
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def evaluate_predictions(metric: str, logits: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], float]:
@@ -61,6 +62,8 @@ class Classification(Task):
         return read_rows(path, self.columns(path))
 
     def read_hub(self, split: str) -> Iterator[Row]:
+        import datasets
+
         try:
             table = datasets.load_dataset("nyu-mll/glue", self.hub, split=split)
         except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
@@ -97,7 +100,7 @@ class Classification(Task):
             suffix: Examples.from_table(
                 table,
                 targets=_targets(table, labels, locations[suffix]),
-                truncated=pc.sum(table.data.column("truncated")).as_py(),
+                truncated=int(table.data.column("truncated").to_numpy().sum()),
             )
             for suffix, table in tables.items()
         }
@@ -128,6 +131,8 @@ class Classification(Task):
 
 
 def _tokenize(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, key: str) -> datasets.Dataset:
+    import datasets
+
     features = {
         "token_ids": datasets.List(datasets.Value("int32")),
         "segment_ids": datasets.List(datasets.Value("int8")),

@@ -28,10 +28,10 @@ class Row(NamedTuple):
     line: int
     text: str
     pair: str | None
-    label: str | None
+    label: str
 
 
-def read_rows(path: Path, columns: Sequence[Any], label_needed: bool = True) -> Iterator[Row]:
+def read_rows(path: Path, columns: Sequence[Any]) -> Iterator[Row]:
     """Yields text, pair and label of each row of a TSV, CSV, JSONL or Parquet file.
 
     columns: names of the text, pair and label columns (pair may be None), or, for a TSV without header, numbers from 0.
@@ -39,7 +39,7 @@ def read_rows(path: Path, columns: Sequence[Any], label_needed: bool = True) -> 
     """
     check_file(path, SUFFIXES)
     reader = {".tsv": read_tsv, ".csv": read_csv, ".parquet": read_parquet}.get(path.suffix.lower(), read_jsonl)
-    required = [name for name in columns[: 3 if label_needed else 2] if name is not None]
+    required = [name for name in columns if name is not None]
     empty = True
     for line, record in read_records(path, reader, required):
         empty = False

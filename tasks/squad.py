@@ -10,11 +10,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,6 +25,9 @@ from tasks.base import Metrics, Prepared, Reader, Record, Source, Task
 from tasks.readers import check_file, is_text, read_jsonl, read_parquet, read_records
 from tasks.tokenizer import Tokenizer
 from tasks.windows import Question, Window, make_windows
+
+if TYPE_CHECKING:
+    import datasets
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -57,6 +58,8 @@ def read_squad(path: Path) -> Iterator[Question]:
 
 def hub_squad(name: str, split: str) -> Iterator[Question]:
     """Yields the "train" or "validation" questions of "squad" or "squad_v2" from the hub. Raises: InputError."""
+    import datasets
+
     try:
         table = datasets.load_dataset(f"rajpurkar/{name}", split=split)
     except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
@@ -120,14 +123,14 @@ def _answer(location: str, answer: dict, context: str) -> tuple[str, int]:
 
     Annotators differ in whether answer_start counts the blanks before an answer.
     """
-    text, said = _get(location, answer, "text", str).strip(), _get(location, answer, "answer_start", int)
-    start = said
+    text, answer_start = _get(location, answer, "text", str).strip(), _get(location, answer, "answer_start", int)
+    start = answer_start
     while 0 <= start < len(context) and context[start].isspace():
         start += 1
     if not text or start < 0 or not context.startswith(text, start):
         raise InputError(
-            f"{location}: {text!r} does not stand at character {said} of the context but "
-            f"{context[max(said, 0) :][: len(text) + 10]!r}; correct answer_start, or leave the answer out"
+            f"{location}: {text!r} does not stand at character {answer_start} of the context but "
+            f"{context[max(answer_start, 0) :][: len(text) + 10]!r}; correct answer_start, or leave the answer out"
         )
     return text, start
 
@@ -219,7 +222,7 @@ class QuestionAnswering(Task):
         key = f"windows {CACHE_VERSION} {self.name} {identity} {max_length} {tokenizer.identity}"
         table = _window_table(questions, tokenizer, max_length, hashlib.sha256(key.encode()).hexdigest()[:32])
         spans = np.stack([table.data.column(name).to_numpy().astype(np.int64) for name in ("start", "end")], 1)
-        truncated = pc.filter(table.data.column("question"), table.data.column("truncated"))
+        truncated = table.data.column("question").filter(table.data.column("truncated"))
         examples = Examples.from_table(
             table, targets=spans, truncated=len(truncated.unique()), details=Windows(questions, table)
         )
@@ -295,6 +298,8 @@ def _answer_records(
 
 
 def _window_table(questions: list[Question], tokenizer: Tokenizer, max_length: int, key: str) -> datasets.Dataset:
+    import datasets
+
     numbers = datasets.List(datasets.Value("int32"))
     features = {
         "token_ids": numbers,

@@ -9,12 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -34,6 +31,9 @@ from tasks.readers import (
     read_records,
 )
 from tasks.tokenizer import Tokenizer, check_room
+
+if TYPE_CHECKING:
+    import datasets
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -212,6 +212,8 @@ class Tagging(Task):
     ) -> tuple[dict[str, Examples], tuple[str, ...]]:
         """See `Task.load`; "O" is the first label. Targets: (ΣT,) int64, the label at each word's first token, else
         -100. Details: `TaggedWords`."""
+        import pyarrow.compute as pc
+
         check_room(tokenizer, max_length)
         ((location, identity, sentences),) = source.rows(split).values()
         key = f"tagged {CACHE_VERSION} {identity} {max_length} {tokenizer.identity}"
@@ -232,7 +234,7 @@ class Tagging(Task):
         examples = Examples.from_table(
             table,
             targets=_targets(table, labels),
-            truncated=pc.sum(table.data.column("truncated")).as_py(),
+            truncated=int(table.data.column("truncated").to_numpy().sum()),
             details=TaggedWords(labels, table),
         )
         return {"": examples}, labels
@@ -259,12 +261,12 @@ class Tagging(Task):
         """
         details: TaggedWords = examples.details
         names = details.names
-        unread = "O" if "O" in names else names[0]
+        default = "O" if "O" in names else names[0]
         gold, predicted = [], []
         for (first, labels), row in zip(read_columns(details.table, "first", "labels"), logits):
             gold.append(labels)
             best = best_labels(row, first, names)
-            predicted.append(best + [unread] * (len(labels) - len(best)))
+            predicted.append(best + [default] * (len(labels) - len(best)))
         metrics = entity_metrics(gold, predicted)
         return metrics, metrics.get("f1", 0.0) if has_entities(names) else metrics["accuracy"]
 
@@ -305,6 +307,8 @@ def best_labels(logits: np.ndarray, first: list[int], names: tuple[str, ...]) ->
 
 
 def _tokenize(sentences: Iterable[Sentence], tokenizer: Tokenizer, max_length: int, key: str) -> datasets.Dataset:
+    import datasets
+
     numbers = datasets.List(datasets.Value("int32"))
     features = {
         "token_ids": numbers,
@@ -324,15 +328,18 @@ def _tokenize(sentences: Iterable[Sentence], tokenizer: Tokenizer, max_length: i
 
 def _targets(table: datasets.Dataset, labels: tuple[str, ...]) -> np.ndarray:
     """The target of each token: (ΣT,) int64. Of words that share a token the first one counts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     lengths = pc.list_value_length(table.data.column("token_ids")).to_numpy().astype(np.int64)
-    first, read = list_buffer(table, "first")  # position of each word that was read; how many were in each sentence
+    first, counts = list_buffer(table, "first")  # position of each word that was not cut off; their number by sentence
     column = table.data.column("labels")
     words = pc.list_value_length(column).to_numpy().astype(np.int64)
     ids = pc.index_in(pc.list_flatten(column), pa.array(labels)).to_numpy().astype(np.int64)
     # Words that were cut off stand at the end of their sentence.
     index = np.arange(len(ids)) - np.repeat(words.cumsum() - words, words)
-    ids = ids[index < np.repeat(read, words)]
-    tokens = np.repeat(lengths.cumsum() - lengths, read) + first
+    ids = ids[index < np.repeat(counts, words)]
+    tokens = np.repeat(lengths.cumsum() - lengths, counts) + first
     targets = np.full(lengths.sum(), IGNORED)
     targets[tokens[::-1]] = ids[::-1]  # the last assignment to a token stays
     return targets

@@ -1,8 +1,11 @@
-"""Fixtures of all tests. The repository's root and this folder are on sys.path."""
+"""Fixtures of all tests, which import what they need. The repository's root and this folder are on sys.path."""
+
+from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from model import Config, Model, initialize  # noqa: E402
 from small_models import MODES, SMALL, make_pruner, pruning_model, random_sequences, small_model  # noqa: E402
+
+if TYPE_CHECKING:
+    from stages import Trained
+
+    from tasks.base import Source
 
 __all__ = ["MODES", "SMALL", "make_pruner", "random_sequences", "small_model"]
 
@@ -40,3 +48,31 @@ def demo(tmp_path_factory) -> Path:
     for name in ("vocab.json", "merges.txt"):
         (folder / "data" / name).rename(folder / "model" / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def source(demo) -> Source:
+    """The demo's data as a task of the user's own."""
+    from stages import reviews
+
+    return reviews(demo)
+
+
+@pytest.fixture(scope="session")
+def questions(demo, tmp_path_factory) -> Trained:
+    from stages import train_on
+
+    return train_on("questions", demo, tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture(scope="session")
+def tags(demo, tmp_path_factory) -> Trained:
+    from stages import train_on
+
+    return train_on("tags", demo, tmp_path_factory.mktemp("tags"))
+
+
+@pytest.fixture(params=["questions", "tags"])
+def trained(request) -> Trained:
+    """Both kinds of heads that answer for each token, one after the other."""
+    return request.getfixturevalue(request.param)

@@ -21,7 +21,7 @@ SMALL = Config(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-MODES = ("dense", "soft", "hard", "topk")
+MODES = ("dense", "soft", "soft_attention", "hard", "topk")  # soft_attention: soft masks act on attention
 
 
 def small_model(**changes) -> Model:
@@ -43,8 +43,8 @@ def make_pruner(model: Model, mode: str, temperature: float = 3e-4) -> Dense:
     """The pruner of a mode, with the model's thresholds or keep rate."""
     if mode == "hard":
         return Hard(model.thresholds)
-    if mode == "soft":
-        return Soft(model.thresholds, temperature)
+    if mode in ("soft", "soft_attention"):
+        return Soft(model.thresholds, temperature, masks_attention=mode == "soft_attention")
     if mode == "topk":
         return TopK(topk_rates(model.config.token_keep_rate, len(model.layers)))
     return Dense()

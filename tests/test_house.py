@@ -1,10 +1,8 @@
-"""How the files lean on each other, and what the command line loads."""
+"""How the files lean on each other. What the command line loads is in support/test_options.py."""
 
 import ast
 import graphlib
-import os
 import re
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -157,39 +155,6 @@ def test_nothing_runs_on_import():
 def test_the_files_name_no_machine():
     for name, path in HOUSE.files.items():
         assert not re.search(r"/(work|home|root|Users)/", path.read_text(encoding="utf-8")), name
-
-
-# ---- what the command line loads ----
-
-HEAVY = {"torch", "numpy", "datasets", "tokenizers", "transformers", "safetensors", "pandas", "pyarrow", "matplotlib"}
-RUN = """
-import atexit, runpy, sys
-atexit.register(lambda: print("LOADED", *sorted({name.split(".")[0] for name in sys.modules})))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run_and_list(script: Path, *arguments: str) -> tuple[str, set[str]]:
-    """Runs a script as `python script arguments` does. Returns its output and the heavy packages that it loaded."""
-    command = [sys.executable, "-c", RUN, str(script), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(script.parent), "COLUMNS": "200"}
-    result = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    output, loaded = result.stdout.rsplit("LOADED", 1)
-    return output, HEAVY & set(loaded.split())
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["soft", "--help"], ["predict", "--help"]])
-def test_help_loads_no_heavy_package(arguments):
-    output, loaded = run_and_list(ROOT / "ltp.py", *arguments)
-    assert "Usage" in output and not loaded
-
-
-def test_a_heavy_package_would_be_seen(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("import sys\ndef main():\n    import numpy.linalg\nmain()\nsys.exit(0)\n")
-    assert run_and_list(script) == ("", {"numpy"})
 
 
 # ---- one fact, one value ----

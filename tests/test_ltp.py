@@ -94,7 +94,7 @@ def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_p
     assert f"--target-flops 0.6 --distill {runs / 'finetune'} --restore {tmp_path / 'soft'}" in following
     start = json.loads((tmp_path / "soft" / "log.jsonl").read_text().splitlines()[0])
     expected = soft_target(128) | {"temperature": 3e-3}
-    assert {name: start["settings"][name] for name in expected} == expected
+    assert {name: start["settings"][name] for name in expected} == expected and expected["mask_attention"] is True
     assert start["settings"]["target_flops"] == 0.6 and start["distill"] == str(runs / "finetune")
     # Scores that are divided by the text's own length do not know the maximum.
     norm = (
@@ -107,9 +107,9 @@ def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_p
         "--output",
         tmp_path / "length",
     )
-    run("soft", *options[:-2], *norm)
+    run("soft", *options[:-2], "--mask-output", *norm)
     start = json.loads((tmp_path / "length" / "log.jsonl").read_text().splitlines()[0])
-    expected = soft_target(64, "length")
+    expected = soft_target(64, "length") | {"mask_attention": False}
     assert {name: start["settings"][name] for name in expected} == expected != soft_target(64)
     assert "finds λ by itself" in refused("soft", *options, "--lambda", 0.1, "--restore", runs / "finetune")
     plain = ("--data", demo / "data", "--target-flops", 0.6, "--threshold", 0.01, "--restore", runs / "finetune")
@@ -228,27 +228,6 @@ def test_golden_style_folder_without_tokenizer(tmp_path):
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
 
 
-def test_demo(tmp_path, monkeypatch):
-    """The real demo, in a size for tests."""
-    from tools import demo
-
-    write = demo.write_demo
-    monkeypatch.setattr(demo, "write_demo", lambda folder, seed: write(folder, seed, train=96, dev=20))
-    result = run("demo", "--output", tmp_path / "demo")
-    assert refused("demo", "--output", tmp_path / "demo").endswith("is not empty; choose another or pass --overwrite")
-    for word in (
-        "finetune",
-        "soft",
-        "hard",
-        "topk",
-        "manual",
-        "speed at 128",
-        "One example",
-        "python ltp.py finetune --task MRPC",
-    ):
-        assert word in result.stdout, word
-
-
 def test_bad_input_is_one_line(runs, demo, tmp_path):
     data, model = ("--data", demo / "data"), ("--restore", demo / "model")
     assert "no such model folder" in refused("finetune", *data, "--restore", tmp_path / "nowhere/deeper/x")
@@ -297,27 +276,6 @@ def headless(demo, tmp_path) -> Path:
     }
     save_file(tensors, folder / "model.safetensors")
     return folder
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"words": "a"}', 'expected an object with "text"'),
-        ("[1]", "expected an object"),
-        ("{", "not JSON"),
-        ('{"text": 3}', "must be strings"),
-        ('{"token_ids": [700]}', "whole numbers from 0 to 599"),
-        ('{"token_ids": []}', "token_ids must be a list"),
-    ],
-)
-def test_bad_prediction_input_names_the_line_and_leaves_the_old_output(runs, tmp_path, line, message):
-    (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    (tmp_path / "out.jsonl").write_text("old")
-    error = refused(
-        "predict", "--restore", runs / "soft", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
-    )
-    assert "line 2" in error and message in error
-    assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_no_output_replaces_the_data(runs, demo, tmp_path):

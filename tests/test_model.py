@@ -36,10 +36,10 @@ def test_packed_equals_a_masked_padded_forward(rule, head, score_norm):
         output = model(pack(sequences), pruner_of(model, rule))
         logits, kept, mask_sum = reference.forward(model, sequences, rule)
     torch.testing.assert_close(output.logits, logits, atol=1e-5 if head == "sequence" else 1e-4, rtol=1e-5)
-    torch.testing.assert_close(output.kept, kept, atol=1e-4 if rule == "soft" else 0, rtol=0)
+    torch.testing.assert_close(output.kept, kept, atol=1e-4 if rule.startswith("soft") else 0, rtol=0)
     if rule != "dense":  # the test means nothing if nothing is dropped
         assert kept[-1].sum() < 0.6 * sum(map(len, sequences))
-    if rule == "soft":
+    if rule.startswith("soft"):
         sums = sum(step.decision.mask.sum() for step in output.steps)
         assert float(sums) == pytest.approx(float(mask_sum), rel=1e-5)
 
@@ -57,7 +57,7 @@ def test_a_result_does_not_depend_on_its_batch(rule, head):
     torch.testing.assert_close(together.logits, torch.cat([o.logits for o in alone]), atol=1e-5, rtol=0)
     torch.testing.assert_close(by_length.logits, torch.cat([alone[i].logits for i in order]), atol=1e-5, rtol=0)
     kept = torch.cat([output.kept for output in alone], 1)
-    torch.testing.assert_close(together.kept, kept, atol=1e-3 if rule == "soft" else 0, rtol=0)
+    torch.testing.assert_close(together.kept, kept, atol=1e-3 if rule.startswith("soft") else 0, rtol=0)
 
 
 def layout(max_area: float, max_padding: float) -> type[Sequences]:
@@ -79,7 +79,7 @@ def test_how_attention_is_grouped_changes_nothing(head, rule, limits):
     with torch.inference_mode():
         usual, other = model(batch, pruner), model(batch, pruner, layout=layout(*limits))
     torch.testing.assert_close(other.logits, usual.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(other.kept, usual.kept, atol=1e-4 if rule == "soft" else 0, rtol=0)
+    torch.testing.assert_close(other.kept, usual.kept, atol=1e-4 if rule.startswith("soft") else 0, rtol=0)
 
 
 @pytest.mark.parametrize("head", ["sequence", "token"])
@@ -89,14 +89,14 @@ def test_gradients_equal_the_masked_forwards(rule, head):
     model.thresholds.requires_grad_(True)
     sequences, temperature = random_sequences(5, seed=1, longest=30), 1e-3  # attention's softmax is in float32
     output = model(pack(sequences), pruner_of(model, rule, temperature))
-    mask_sum = sum(step.decision.mask.sum() for step in output.steps) if rule == "soft" else 0
+    mask_sum = sum(step.decision.mask.sum() for step in output.steps) if rule.startswith("soft") else 0
     (output.logits.square().sum() + mask_sum).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     logits, _, mask_sum = reference.forward(model, sequences, rule, temperature)
     (logits.square().sum() + mask_sum).backward()
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert ours.keys() == theirs.keys() and ("thresholds" in ours) == (rule == "soft")
+    assert ours.keys() == theirs.keys() and ("thresholds" in ours) == rule.startswith("soft")
     for name in ours:
         torch.testing.assert_close(
             ours[name].float(), theirs[name].float(), atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
@@ -166,16 +166,30 @@ def test_sequences_of_one_token(rule, head, score_norm, training):
 
 
 def test_soft_masks_of_one_and_zero(model):
-    """A mask of 1 everywhere is the dense model. A token with mask 0 stays in attention: only hard pruning drops it."""
+    """A mask of 1 everywhere is the dense model. A token with mask 0 stays in attention, unless the masks act there."""
     batch = pack(random_sequences(7))
     with torch.inference_mode():
         dense, hard = model(batch, Dense()), model(batch, Hard(model.thresholds))
-        ones = model(batch, Soft(torch.full((5,), -1.0), 1e-3))
+        ones, present = (model(batch, Soft(torch.full((5,), -1.0), 1e-3, choice)) for choice in (False, True))
         sharp = model(batch, Soft(model.thresholds, 1e-9))
-    torch.testing.assert_close(ones.logits, dense.logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ones.kept, dense.kept.float())
+    for output in (ones, present):
+        torch.testing.assert_close(output.logits, dense.logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.kept, dense.kept.float())
     torch.testing.assert_close(sharp.kept[0], hard.kept[0].float())
     assert (sharp.logits - hard.logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("head", ["sequence", "token", "span"])
+def test_a_sharp_mask_on_attention_is_hard_pruning(head):
+    """To attend to nothing of a token is to drop it, also in the layers after; a state of 0 is still attended to."""
+    model, batch = pruning_model(head=head), pack(random_sequences(7))
+    with torch.inference_mode():
+        hard = model(batch, Hard(model.thresholds))
+        on_attention, on_output = (model(batch, Soft(model.thresholds, 1e-9, choice)) for choice in (True, False))
+    assert hard.kept[-1].sum() < 0.6 * len(batch.token_ids)
+    torch.testing.assert_close(on_attention.logits, hard.logits, atol=1e-3, rtol=0)  # presence is at least 1e-6
+    torch.testing.assert_close(on_attention.kept, hard.kept.float(), atol=1e-3, rtol=0)
+    assert (on_output.logits - hard.logits).abs().max() > 0.01
 
 
 def test_the_configuration_names_the_pruner(model):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import KINDS_AND_ACTIVATIONS, SIZES, expect_equal_both_ways, hugging_face, open_saved, their_logits
 from safetensors.torch import load_file
 from small_models import all_states, pruning_model, random_sequences
 
@@ -93,102 +94,26 @@ def test_golden_soft(golden):
 
 # ---- transformers ----
 
-KINDS = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert", "ibert": "IBert", "bert": "Bert"}
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-SIZES = dict(
-    vocab_size=101,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=37,
-    max_position_embeddings=60,
-    num_labels=3,
-    initializer_range=0.3,
-)
-HEADS = {"sequence": "SequenceClassification", "token": "TokenClassification", "span": "QuestionAnswering"}
 
-
-def hugging_face(kind: str, folder: Path, head: str = "sequence", **changes):
-    """A random model of transformers, saved to `folder`."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{KINDS[kind]}Config")(**SIZES | changes)
-    model = getattr(transformers, f"{KINDS[kind]}For{HEADS[head]}")(config).eval()
-    for parameter in model.parameters():  # biases and norms too, so that a swapped one shows
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
-
-
-def load(folder: Path, kind: str = "roberta") -> Model:
+def load(folder: Path) -> Model:
     """Model.load; I-BERT's own names are read by the strict loader alone."""
-    if kind != "ibert":
+    if json.loads((folder / "config.json").read_text())["model_type"] != "ibert":
         return Model.load(folder)
     from support.checkpoint import load_model
 
     return load_model(folder).model
 
 
-@torch.inference_mode()
-def their_logits(model, sequences, pad: int) -> torch.Tensor:
-    """A padded batch's logits: (B, labels), or (T, labels) of heads that answer for every token."""
-    n = max(map(len, sequences))
-    ids = torch.tensor([s + [pad] * (n - len(s)) for s in sequences])
-    mask = torch.tensor([[1] * len(s) + [0] * (n - len(s)) for s in sequences])
-    output = model(input_ids=ids, attention_mask=mask)
-    if "start_logits" in output:
-        return torch.stack([output.start_logits, output.end_logits], 2)[mask.bool()]
-    return output.logits if output.logits.dim() == 2 else output.logits[mask.bool()]
-
-
-def open_saved(folder: Path, head: str):
-    """Opens a folder with transformers, and checks that it holds what transformers asks for."""
-    import transformers
-
-    cls = getattr(transformers, f"AutoModelFor{HEADS[head]}")
-    model, report = cls.from_pretrained(folder, output_loading_info=True)
-    assert not report["missing_keys"] and set(report["unexpected_keys"]) <= {"ltp.thresholds"}
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    "kind, act",
-    [(k, a) for k in KINDS for a in ACTIVATIONS if k != "ibert" or a == "gelu"],  # I-BERT knows gelu only
-)
+@pytest.mark.parametrize("kind, act", KINDS_AND_ACTIVATIONS)
 def test_dense_logits_equal_transformers_both_ways(kind, act, tmp_path):
-    theirs = hugging_face(kind, tmp_path / "theirs", hidden_act=act)
-    sequences, pad = random_sequences(7, longest=50), 0 if kind == "bert" else 1
-    ours = load(tmp_path / "theirs", kind)
-    with torch.inference_mode():
-        logits = ours(pack(sequences)).logits
-    expected = their_logits(theirs, sequences, pad)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    # What we write, thresholds included, is an ordinary folder to transformers.
-    ours.config = replace(ours.config, prune_mode="absolute_threshold")
-    ours.save(tmp_path / "ours")
-    again = open_saved(tmp_path / "ours", "sequence")
-    torch.testing.assert_close(their_logits(again, sequences, pad), expected, atol=1e-4, rtol=0)
-    assert again.config.num_labels == 3
+    expect_equal_both_ways(kind, tmp_path, "sequence", load, Model.save, hidden_act=act)
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 @pytest.mark.parametrize("head", ["token", "span"])
 def test_logits_of_every_token_equal_transformers_both_ways(kind, head, tmp_path):
-    theirs = hugging_face(kind, tmp_path / "theirs", head, num_labels=2 if head == "span" else 4)
-    sequences, pad = random_sequences(5, longest=50), 0 if kind == "bert" else 1
-    ours = load(tmp_path / "theirs")
-    assert ours.config.head == head
-    expected = their_logits(theirs, sequences, pad)
-    assert expected.std() > 0.1
-    with torch.inference_mode():
-        for pruner in (Dense(), Hard(torch.full((2,), 1e-30))):  # thresholds that score and drop nothing
-            torch.testing.assert_close(ours(pack(sequences), pruner).logits, expected, atol=1e-4, rtol=0)
-    ours.config = replace(ours.config, prune_mode="absolute_threshold")
-    ours.save(tmp_path / "ours")
-    torch.testing.assert_close(
-        their_logits(open_saved(tmp_path / "ours", head), sequences, pad), expected, atol=1e-4, rtol=0
-    )
+    outputs = 2 if head == "span" else 4
+    expect_equal_both_ways(kind, tmp_path, head, load, Model.save, num_labels=outputs)
 
 
 def test_segments_and_regression(tmp_path):

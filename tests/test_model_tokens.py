@@ -57,7 +57,7 @@ def test_the_shares_of_a_token_sum_to_one_over_the_layers(rule):
         output = model(batch, pruner)
         expected = model.head(state)
     torch.testing.assert_close(output.logits, expected.expand_as(output.logits), atol=1e-5, rtol=0)
-    if rule == "soft":  # the shares are real shares
+    if rule.startswith("soft"):  # the shares are real shares
         masks = torch.stack([step.decision.mask for step in output.steps])
         assert ((masks > 0.1) & (masks < 0.9)).float().mean() > 0.8
     elif rule != "dense":
@@ -74,16 +74,17 @@ def test_a_sharp_soft_mask_in_the_last_layer_answers_as_hard_pruning_does():
     torch.testing.assert_close(soft.kept, hard.kept.float())
 
 
-def test_a_token_that_is_nearly_gone_still_moves_the_thresholds():
+@pytest.mark.parametrize("rule", ["soft", "soft_attention"])
+def test_a_token_that_is_nearly_gone_still_moves_the_thresholds(rule):
     model, batch = pruning_model(head="token"), pack(random_sequences(5))
     model.thresholds.requires_grad_(True)
-    output = model(batch, Soft(model.thresholds, 5e-4))
+    output = model(batch, make_pruner(model, rule, temperature=5e-4))
     output.logits.sum().backward()
     assert (model.thresholds.grad != 0).all()
     assert min(float(step.decision.mask.detach().min()) for step in output.steps) < 0.01
 
 
-@pytest.mark.parametrize("rule", ["soft", "hard", "topk"])
+@pytest.mark.parametrize("rule", ["soft", "soft_attention", "hard", "topk"])
 def test_a_protected_question_is_never_pruned(rule):
     sequences = random_sequences(6)
     segments = [[0] * (1 + len(s) // 3) + [1] * (len(s) - 1 - len(s) // 3) for s in sequences]
@@ -97,7 +98,7 @@ def test_a_protected_question_is_never_pruned(rule):
             output = model(batch, pruner)
             alone = [model(pack([s], [g]), pruner).logits for s, g in zip(sequences, segments)]
         torch.testing.assert_close(output.logits, torch.cat(alone), atol=1e-5, rtol=0)
-        if rule == "soft":
+        if rule.startswith("soft"):
             assert (output.kept[-1] >= question - 1e-3).all() == protect
             continue
         last = output.steps[-1]

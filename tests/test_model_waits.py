@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import SMALL, make_pruner, pruning_model, random_sequences
+from small_models import MODES, SMALL, make_pruner, pruning_model, random_sequences
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Hard, Model, Sequences, initialize, pack, threshold_ladder
@@ -113,17 +113,17 @@ def deep_model(layers: int, head: str) -> Model:
 
 @pytest.mark.parametrize("layers", [3, 12])
 @pytest.mark.parametrize("head", ["sequence", "token", "span"])
-@pytest.mark.parametrize("rule", ["dense", "soft", "hard", "topk"])
+@pytest.mark.parametrize("rule", MODES)
 @pytest.mark.parametrize("training", [False, True])
 def test_how_often_a_pass_waits(rule, head, layers, training):
     """Once for the lengths; a pruned pass once more for the thresholds, and once a layer for the survivors' lengths."""
     model, batch = deep_model(layers, head).train(training), pack(random_sequences(20))
-    model.thresholds.requires_grad_(training and rule == "soft")
+    model.thresholds.requires_grad_(training and rule.startswith("soft"))
     with torch.set_grad_enabled(training), Waits() as counter:
         output = model(batch, make_pruner(model, rule))
         if training:
             output.logits.sum().backward()
-    allowed = {"dense": 1, "soft": 1, "hard": 2 + layers, "topk": 1 + layers}[rule]
+    allowed = {"dense": 1, "soft": 1, "soft_attention": 1, "hard": 2 + layers, "topk": 1 + layers}[rule]
     assert 1 <= len(counter.names) <= allowed, counter.names
     if rule == "hard":
         assert output.kept[-1].sum() < 0.9 * len(batch.token_ids)
@@ -138,7 +138,7 @@ def test_a_pass_that_drops_nothing_makes_no_second_layout(model):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("rule", ["dense", "soft", "hard", "topk"])
+@pytest.mark.parametrize("rule", MODES)
 def test_how_often_a_pass_waits_on_a_gpu(rule):
     model = pruning_model().cuda()
     batch = pack(random_sequences(20)).to("cuda")
@@ -153,7 +153,7 @@ def test_how_often_a_pass_waits_on_a_gpu(rule):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
-    assert len(waits) <= {"dense": 1, "soft": 1, "hard": 2 + 5, "topk": 1 + 5}[rule], waits
+    assert len(waits) <= {"dense": 1, "soft": 1, "soft_attention": 1, "hard": 2 + 5, "topk": 1 + 5}[rule], waits
 
 
 # ---- work of a layout ----

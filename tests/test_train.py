@@ -116,22 +116,23 @@ def test_the_span_loss_by_hand():
 def test_parts_of_a_batch_add_up_to_the_whole(mode, head):
     data, results = examples(13, head=head), []
     for parts in (1, 4):
-        settings = Settings(accumulate=parts, batch_size=13)
-        model = mode_model(mode, head=head, labels=HEADS[head])
-        results.append(gradients(Trainer(model, mode, task_of(head), data, settings), np.arange(13)))
+        settings = Settings(accumulate=parts, batch_size=13, mask_attention=mode == "soft_attention")
+        model, stage = mode_model(mode, head=head, labels=HEADS[head]), mode.removesuffix("_attention")
+        results.append(gradients(Trainer(model, stage, task_of(head), data, settings), np.arange(13)))
     (whole, one), (parts, other) = results
     assert parts == pytest.approx(whole, abs=1e-5) and one.keys() == other.keys()
-    assert ("thresholds" in one) == (mode == "soft")
+    assert ("thresholds" in one) == mode.startswith("soft")
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks():
+@pytest.mark.parametrize("masks_attention", [False, True])
+def test_the_soft_loss_is_the_task_loss_and_lambda_times_the_mean_masks(masks_attention):
     model, data = mode_model("soft"), examples(6)
-    settings = Settings(regularization=0.3, temperature=1e-3)
+    settings = Settings(regularization=0.3, temperature=1e-3, mask_attention=masks_attention)
     trainer = Trainer(model, "soft", CLASSES, data, settings)
     batch = data.batch(np.arange(6))
-    output = model(batch, Soft(model.thresholds, 1e-3))
+    output = model(batch, Soft(model.thresholds, 1e-3, masks_attention))
     loss = task_loss(output.logits, torch.from_numpy(data.targets)) / 6
     (loss + 0.3 * mask_sum(output) / int(data.lengths.sum())).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

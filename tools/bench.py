@@ -63,12 +63,12 @@ def measure_speed(model: Model, batches: list[Batch], process: Process, repeats:
     batches = [batch.to(process.device) for batch in batches]
     lengths = torch.cat([batch.lengths for batch in batches])
     # The first pass of each warms up and counts.
-    pruned_work = count_work(model.config, lengths, time_pass(model, batches, model.pruner(), process)[1])
-    dense_work = count_work(model.config, lengths, time_pass(model, batches, Dense(), process)[1])
+    pruned_work = count_work(model.config, lengths, time_pass(model, batches, model.pruner(), process=process)[1])
+    dense_work = count_work(model.config, lengths, time_pass(model, batches, Dense(), process=process)[1])
     pruner, times, dense_times = model.pruner(count_last=False), [], []
     for _ in range(repeats):
-        times.append(time_pass(model, batches, pruner, process)[0])
-        dense_times.append(time_pass(model, batches, Dense(), process)[0])
+        times.append(time_pass(model, batches, pruner, process=process)[0])
+        dense_times.append(time_pass(model, batches, Dense(), process=process)[0])
     pruned, dense = np.array(times), np.array(dense_times)  # (repeats, batches)
     seconds, dense_seconds = float(np.median(pruned.sum(1))), float(np.median(dense.sum(1)))
     speedup, reduction = dense_seconds / seconds, dense_work.counted / pruned_work.counted
@@ -129,9 +129,10 @@ def bench_checkpoint(folder: Path, source: Source | None, options: BenchOptions,
     if source is None:
         examples = random_examples(folder, model.config, options)
     else:
-        examples = task_examples(folder, model.config, source, options)
+        examples = task_examples(folder, model.config, source, options=options)
     speeds = [
-        measure_speed(model, sorted_batches(examples, size), process, options.repeats) for size in options.batch_sizes
+        measure_speed(model, sorted_batches(examples, size), process, repeats=options.repeats)
+        for size in options.batch_sizes
     ]
     quantiles = np.quantile(examples.lengths, (0.05, 0.5, 0.95)).tolist()
     conditions = {
@@ -171,7 +172,7 @@ def task_examples(folder: Path, config: Config, source: Source, options: BenchOp
     tokenizer.check_fits(config.vocab_size, folder)
     labels = check_task(folder, config, source.task)
     limit = length_limit(config, folder, options.max_length)
-    examples = source.load("eval", tokenizer, limit, labels)[0][""]
+    examples = source.load("eval", tokenizer, limit, labels=labels)[0][""]
     chosen = np.random.default_rng(options.seed).permutation(len(examples))[: options.examples]
     return examples.select(np.sort(chosen))
 

@@ -1,4 +1,4 @@
-"""What the commands of ltp.py share: from options to the task, its data and records, and to files.
+"""Functions that several commands of ltp.py use: they turn options into a task, data and records, and write answers.
 
 `options` are a command's options by name, as click hands them over.
 """
@@ -87,7 +87,7 @@ def start(options: dict[str, Any], seed: int = 42) -> Process:
 
 
 def start_alone(options: dict[str, Any], seed: int = 42) -> Process | None:
-    """As `start`, for work that one process does: the main one without the others. None on the others."""
+    """As `start`, for work that the main process does alone. Returns None on the others."""
     process = start(options, seed)
     return replace(process, world=1) if process.main else None
 

@@ -30,7 +30,7 @@ BLAME = "dreadful boring awful tedious clumsy".split()
 
 
 def demo_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Synthetic reviews: 8 to 40 filler words and one to three verdicts, each negated by "not" or not.
+    """Synthetic reviews: filler words and a few verdicts, some of them negated by "not".
 
     The label is "positive" where positive verdicts outnumber negative ones; ties do not occur. Only the verdicts and
     their negations matter, so most tokens can go.
@@ -125,10 +125,12 @@ def run_demo(
         start, output = folder / restore, folder / stage
         options = " ".join(f"{flag(name)} {getattr(settings, name)}" for name in changes)
         show(f"\n$ python ltp.py {stage} --data {data} --restore {start} {options} --output {output}")
-        request = StageRequest(stage, start, source, settings, output=output, overwrite=overwrite)
-        _, result = run_stage(request, process, show, progress)
+        request = StageRequest(
+            stage=stage, restore=start, source=source, settings=settings, output=output, overwrite=overwrite
+        )
+        _, result = run_stage(request, process, show=show, progress=progress)
         rows.append((stage, dict(result.best)))
-    add_speed(rows, folder, source, process)
+    add_speed(rows, folder, source, process=process)
     return rows
 
 
@@ -165,6 +167,6 @@ def add_speed(rows: list[tuple[str, dict[str, Any]]], folder: Path, source: Any,
     for stage, record in rows:
         model = pack_weights(load_model(folder / stage).model.to(process.device))
         config = model.config
-        examples = source.load("dev", Tokenizer(folder / stage), config.max_seq_length, config.labels)[0][""]
+        examples = source.load("dev", Tokenizer(folder / stage), config.max_seq_length, labels=config.labels)[0][""]
         speed = measure_speed(model, sorted_batches(examples, SPEED_BATCH), process)
         record["speedup"] = {str(SPEED_BATCH): speed.speedup}

@@ -27,7 +27,7 @@ OUTPUTS = ["logits", "kept"]
 class OneSequence(Sequences):
     """The layout of one sequence, with its length in a tensor alone. The run of tokens is the grid, without padding."""
 
-    single = False  # whether one token is left decides no branch of the graph; attention gives the same for it
+    single = False  # the graph has no branch of its own for a single token: attention computes the same
 
     def __init__(self, lengths: Tensor, original_lengths: Tensor, num_tokens: Any):
         """lengths, original_lengths (1,): see `Sequences`. num_tokens: the same length, as the size of a tensor."""
@@ -76,9 +76,10 @@ def keep_highest(scores: Tensor, count: Tensor, protected: Tensor) -> Tensor:
     A token's rank is the number of tokens that score more, and of equals to its left.
     """
     scores = scores.masked_fill(protected, math.inf)
-    place = torch.cumsum(torch.ones_like(scores), 0)
-    before = (scores > scores[:, None]) | (scores == scores[:, None]) & (place < place[:, None])
-    return before.sum(1) < count
+    positions = torch.cumsum(torch.ones_like(scores), 0)
+    left = positions < positions[:, None]
+    ranks = ((scores > scores[:, None]) | (scores == scores[:, None]) & left).sum(1)
+    return ranks < count
 
 
 class TracedHard(Hard):
@@ -155,7 +156,7 @@ def trace(single: SingleSequence) -> Any:
     names = single.input_names
     examples = tuple(torch.zeros(1, 7, dtype=torch.long) for _ in names)  # one tensor twice would become one input
     tokens = torch.export.Dim("tokens", min=2, max=single.model.config.max_tokens)
-    with warnings.catch_warnings():  # the exporter warns about its own parts, by the dozen
+    with warnings.catch_warnings():  # dozens, which the exporter raises about itself
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
@@ -176,7 +177,7 @@ def trace(single: SingleSequence) -> Any:
 def compare(model: Model, path: Path) -> str:
     """Runs the file and the model on random tokens of several lengths. Raises: InputError if they differ.
 
-    In one of the texts the tokens kept may differ: a score may lie within rounding of its threshold.
+    The kept tokens of one text may differ, because rounding may move a score across its threshold.
     """
     try:
         import onnxruntime

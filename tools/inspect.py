@@ -26,7 +26,7 @@ from tools.predict import Predictor
 
 
 class AllScores(Dense):
-    """Decides as another pruner does, and has every layer's tokens scored."""
+    """Decides as another pruner does, and scores the tokens of every layer."""
 
     def __init__(self, pruner: Dense):
         self.pruner = pruner
@@ -75,7 +75,7 @@ def examine_one(predictor: Predictor, record: Record) -> dict[str, Any]:
         pruned = predictor.model(batch, AllScores(predictor.model.pruner()))
         passes = Passes(pruned, predictor.model(batch, Dense()))
     config = predictor.model.config
-    used, whole = (layer_macs(config, batch.lengths, output.kept)[:, 0].tolist() for output in passes)
+    used, full = (layer_macs(config, batch.lengths, output.kept)[:, 0].tolist() for output in passes)
     tokens = predictor.reader.tokenizer.tokens(token_ids)
     texts = [content[name] for name in ("text", "text_pair", "question", "context") if name in content]
     thresholds = [None] * config.num_hidden_layers
@@ -86,10 +86,10 @@ def examine_one(predictor: Predictor, record: Record) -> dict[str, Any]:
         "tokens": tokens,
         "dense": describe_output(passes.dense, config, prepared),
         "pruned": describe_output(passes.pruned, config, prepared),
-        "relative_flops": sum(used) / sum(whole),
+        "relative_flops": sum(used) / sum(full),
         "layers": [
-            describe_step(step, batch) | {"threshold": threshold, "relative_flops": some / full}
-            for step, threshold, some, full in zip(passes.pruned.steps, thresholds, used, whole)
+            describe_step(step, batch) | {"threshold": threshold, "relative_flops": layer_used / layer_full}
+            for step, threshold, layer_used, layer_full in zip(passes.pruned.steps, thresholds, used, full)
         ],
     }
 
@@ -124,7 +124,7 @@ def describe_output(output: Output, config: Config, prepared: Prepared) -> dict[
 
 
 def print_examples(examples: list[dict[str, Any]]) -> None:
-    """Prints each text on standard output: as wide as the terminal, or 160 columns in a file or a pipe."""
+    """Prints each text on standard output: as wide as the terminal, or wider in a file or a pipe."""
     console = Console(highlight=False)
     for example in examples:
         print_example(example, console if console.is_terminal else Console(width=160, highlight=False))
@@ -209,7 +209,7 @@ def page(examples: list[dict[str, Any]], model: dict[str, str]) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Rounds the numbers anywhere inside to 6 significant digits, which halves the page."""
+    """Rounds all numbers in nested lists and dicts, which halves the page."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Plots of runs, from the files that the commands write. It needs matplotlib.
 
-A `Run` is what one path tells: the folder of a run or of a sweep, an `eval --json` file, or answers of `predict`.
+A `Run` holds what was read from one path: the folder of a run or of a sweep, an `eval --json` file, or answers of
+`predict`.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def check_runs(runs: list[Run], fits: Callable[[Run], Any], content: str) -> Non
 
 
 def standard_error(metric: str, value: float, examples: int | None) -> float | None:
-    """Of an accuracy on so many examples; None for other metrics."""
+    """The standard error of an accuracy on `examples` examples; None for other metrics."""
     return math.sqrt(value * (1 - value) / examples) if metric == "accuracy" and examples else None
 
 
@@ -168,7 +169,7 @@ def plot_curves(runs: list[Run]) -> Any:
     The thresholds of several runs are the last ones, over the layers.
     """
     check_runs(runs, lambda run: run.evaluations and "step" in run.evaluations[0], "run folders")
-    figure, panels = new_figure(2, 2, 5.2, 3.4)
+    figure, panels = new_figure(2, 2, width=5.2, height=3.4)
     score = "score: " + score_name(runs[0].evaluations[-1])
     curves = (("train_loss", "training loss"), ("score", score), ("relative_flops", "relative FLOPs"))
     for panel, (key, title) in zip(panels, curves):
@@ -198,7 +199,7 @@ def plot_curves(runs: list[Run]) -> Any:
 
 
 def draw_threshold_curves(panel: Any, run: Run) -> None:
-    """The thresholds of one run over the steps, a line a layer, from before the first step where the log tells them."""
+    """The thresholds of one run over the steps, a line a layer, from step 0 where the log has them."""
     from matplotlib import colormaps
 
     steps = [record["step"] for record in run.evaluations]
@@ -206,7 +207,9 @@ def draw_threshold_curves(panel: Any, run: Run) -> None:
     if run.start:
         steps, values = [0, *steps], [run.start, *values]
     for l, column in enumerate(zip(*values), 1):
-        shade = colormaps["viridis"](0.9 * (l - 1) / max(1, len(values[0]) - 1))  # violet to green, none too pale
+        shade = colormaps["viridis"](
+            0.9 * (l - 1) / max(1, len(values[0]) - 1)
+        )  # violet to green, without the pale end
         panel.plot(steps, column, color=shade, label=f"layer {l}", marker=line_style(l)["marker"], markersize=4)
     panel.set(title="thresholds", xlabel="step")
     panel.set_xlim(left=0)
@@ -238,11 +241,11 @@ def plot_kept(runs: list[Run]) -> Any:
 def plot_lengths(runs: list[Run]) -> Any:
     """Heat map of a `predict` file's texts: tokens that leave the last layer against tokens of the text.
 
-    Where the last layers leave every text its first token alone, the one before them is shown.
+    Shown is the last layer after which some text has more than one token.
     """
     check_runs(runs, lambda run: run.kept is not None, "answers of `predict`")
     columns = min(3, len(runs))
-    figure, panels = new_figure(math.ceil(len(runs) / columns), columns, 5.0, 4.2)
+    figure, panels = new_figure(math.ceil(len(runs) / columns), columns, width=5.0, height=4.2)
     from matplotlib.colors import LogNorm
 
     longest = int(max(run.lengths.max() for run in runs))
@@ -371,7 +374,7 @@ PLOTS: dict[str, Callable[[list[Run]], Any]] = {
 
 
 def natural_kind(runs: list[Run]) -> str:
-    """The kind without --kind: curves of one run, a trade-off of several, lengths of texts, a sweep's frontier."""
+    """The default of --kind: curves of one run, tradeoff of several, lengths of texts, frontier of a sweep."""
     if any(run.cells for run in runs):
         return "frontier"
     if any(run.kept is not None for run in runs):

@@ -56,7 +56,9 @@ class Predictor:
         self.model = pack_weights(load_model(folder).model.to(process.device))
         self.pruner = Dense() if dense else self.model.pruner()
         config = self.model.config
-        self.reader = Reader(folder, config, length_limit(config, folder, max_length), no_answer_threshold)
+        self.reader = Reader(
+            folder, config, length_limit(config, folder, max_length), no_answer_threshold=no_answer_threshold
+        )
         self.task = task_for_head(config.head)
 
     def answer(self, records: list[Record]) -> list[dict[str, Any]]:
@@ -78,7 +80,7 @@ class Predictor:
         outputs: list[Any] = [None] * len(encoded)
         lengths = np.array([len(token_ids) for token_ids, _ in encoded])
         order = np.argsort(lengths, kind="stable")
-        for indices in token_batches(order, lengths, self.batch_size, self.max_tokens):
+        for indices in token_batches(order, lengths, self.batch_size, max_tokens=self.max_tokens):
             batch = pack([encoded[i][0] for i in indices], [encoded[i][1] for i in indices])
             with self.process.autocast():
                 output = self.model(batch.to(self.process.device), self.pruner)
@@ -91,7 +93,7 @@ class Predictor:
 def predict_file(predictor: Predictor, source: Path, output: Path | None, progress: Callable[..., Any] = quiet) -> int:
     """Answers each line of a JSONL file, in order, and returns how many there were.
 
-    output: the file to write, which appears when it is whole; None: standard output.
+    output: the file to write, whole or not at all; None: standard output.
     Raises: InputError naming file and line.
     """
     if output is not None and output.resolve() == source.resolve():
@@ -99,12 +101,12 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None, progre
     if output is not None and output.is_dir():
         raise InputError(f"--output {output}: is a folder; name a file")
     if output is None or not predictor.process.main:
-        return answer_lines(predictor, source, sys.stdout, progress)
+        return answer_lines(predictor, source, sys.stdout, progress=progress)
     counts = []
 
     def write(path: Path) -> None:
         with open(path, "w", encoding="utf-8") as file:
-            counts.append(answer_lines(predictor, source, file, progress))
+            counts.append(answer_lines(predictor, source, file, progress=progress))
 
     write_file(output, write)
     return counts[0]
@@ -122,6 +124,7 @@ def answer_lines(predictor: Predictor, source: Path, file: TextIO, progress: Cal
             file.write(json.dumps(parts[i % process.world][i // process.world], ensure_ascii=False) + "\n")
         count += len(records)
         progress(step=count, steps=None)
+    file.flush()  # a full disk fails here, not when the program ends
     if count == 0:
         raise InputError(f"{source}: holds no lines")
     return count

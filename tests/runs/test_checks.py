@@ -47,7 +47,7 @@ def test_pruning_out_of_range(changes, message):
 def test_pruning_at_the_ends_of_its_range():
     check_pruning(SMALL, {"final_token_threshold": 0, "token_keep_rate": 1, "prune_mode": "topk"})
     check_pruning(SMALL, {"final_token_threshold": 1, "token_keep_rate": -3.0})
-    with pytest.raises(InputError, match="never prunes the first 3 layers, and this model has 3"):
+    with pytest.raises(InputError, match="never prunes the first layers, and this model has only 3"):
         check_pruning(replace(SMALL, num_hidden_layers=3), {"prune_mode": "topk"})
 
 

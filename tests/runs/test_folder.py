@@ -1,12 +1,14 @@
 """A run's folder: what lies in it, what may be replaced, and which runs may go on."""
 
 import json
+import re
 import shutil
 
 import pytest
 from stages import read_records, stage
 
 from runs.folder import (
+    append,
     check_output,
     check_same_run,
     clear_output,
@@ -176,12 +178,20 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
         check_same_run(log, header())
 
 
-@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("value", [0, 0.0, False, None])
+def test_a_setting_of_another_version_that_was_off_changes_nothing(tmp_path, value):
+    write_log(tmp_path, {"event": "start"} | header(mask_floor=value))
+    check_same_run(tmp_path / "log.jsonl", header())
+    with pytest.raises(InputError, match="was started with learning_rate = 2e-05, not 0.1"):
+        check_same_run(tmp_path / "log.jsonl", header(learning_rate=0.1))
+
+
+@pytest.mark.parametrize("value", [0.02, True])
 def test_a_run_of_another_version_is_not_misread(tmp_path, value):
-    write_log(tmp_path, {"event": "start"} | header(mask_attention=value))
+    write_log(tmp_path, {"event": "start"} | header(mask_floor=value))
     with pytest.raises(InputError) as caught:
         check_same_run(tmp_path / "log.jsonl", header())
-    assert "started by another version, with the setting mask_attention" in str(caught.value)
+    assert f"started by another version, with mask_floor = {value}, which" in str(caught.value)
     assert "\n" not in str(caught.value) and "--overwrite" in str(caught.value)
 
 
@@ -228,3 +238,9 @@ def test_checkpoint_card_and_log_are_there_when_an_evaluation_is_shown_and_its_s
 
     stage(source, "soft", finetuned, tmp_path, show=show, save_steps=2, epochs=0.6, threshold_learning_rate=1e-3)
     assert steps == [2, 4, 6] and not (tmp_path / "resume").exists()
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    log = tmp_path / "missing" / "log.jsonl"
+    with pytest.raises(InputError, match=re.escape(f"{log}: could not be written (")):
+        append(log, {"event": "end"})

@@ -106,7 +106,7 @@ def test_a_step_has_one_state_also_where_a_signal_meets_an_evaluation(demo, star
 
 
 def test_the_way_to_a_budget_goes_on_where_it_was(demo, start, tmp_path):
-    target = {"target_flops": 0.5, "temperature_end": 1e-4, "threshold_learning_rate": 1e-3}
+    target = {"target_flops": 0.5, "temperature_end": 1e-4, "threshold_learning_rate": 1e-3, "mask_attention": True}
     train(demo, start, tmp_path / "straight", **target)
     stopped(demo, start, tmp_path / "stopped", 11, **target)
     train(demo, start, tmp_path / "stopped", **target)
@@ -215,8 +215,8 @@ def test_resuming_with_other_settings_is_refused(demo, start, straight, tmp_path
         train(demo, start, tmp_path, resume=False)
     log = tmp_path / "log.jsonl"
     text = log.read_text()
-    log.write_text(text.replace('"settings": {', '"settings": {"mask_attention": true, ', 1))
-    with pytest.raises(InputError, match="started by another version, with the setting mask_attention"):
+    log.write_text(text.replace('"settings": {', '"settings": {"mask_floor": 0.02, ', 1))
+    with pytest.raises(InputError, match="started by another version, with mask_floor = 0.02"):
         train(demo, start, tmp_path)
     log.write_text(text)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentences import write_questions
 from small_models import SMALL, small_model
-from stages import read_records, stage, write_questions
+from stages import read_records, stage
 
 from model import threshold_ladder
 from runs.stage import EvaluationOptions, StageRequest, default_output, evaluate_checkpoint, run_stage

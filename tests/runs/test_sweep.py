@@ -14,7 +14,7 @@ from runs.sweep import Cell, SweepRequest, cell_stages, grid_cells, read_results
 from support.checkpoint import load_config, load_model
 from support.errors import InputError
 from support.process import Process
-from support.settings import Settings, soft_target
+from support.settings import Settings, flag, soft_target
 
 
 def test_a_grid_has_every_point_once():
@@ -48,7 +48,8 @@ def test_cells_have_the_settings_of_their_commands(source, dense, tmp_path):
     assert hard.restore == soft.output == tmp_path / Cell("ltp", point).name / "soft" and soft.resume
     words = shlex.split(stage_command(soft, config, Process(precision="bf16")))
     assert words[:3] == ["python", "ltp.py", "soft"] and words[words.index("--temperature") + 1] == "0.003"
-    assert "--lr-threshold" not in words and "--temperature-end" not in words  # the target's usual ones
+    usual = {"--lr-threshold", "--temperature-end", "--mask-attention", flag("mask_attention")}  # the target's own
+    assert usual.isdisjoint(words)
     assert words[words.index("--precision") + 1] == "bf16" and words[-2:] == ["--output", str(soft.output)]
 
 

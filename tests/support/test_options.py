@@ -54,21 +54,60 @@ def test_help_lists_the_commands_in_the_order_of_the_workflow():
     assert tuple(listed) == COMMANDS
 
 
+HEAVY = {"torch", "numpy", "datasets", "tokenizers", "transformers", "safetensors", "pandas", "pyarrow", "matplotlib"}
+# Runs a script as `python script words` does, for each line of words; then lists what is loaded.
+RUN = """
+import runpy, sys
+script, *lines = sys.argv[1:]
+sys.path[0] = script.rpartition("/")[0]
+for line in lines:
+    sys.argv = [script, *line.split()]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, (line, end.code)
+print("LOADED", *sys.modules)
+"""
+
+
+def run_and_list(script: Path, *lines: str) -> tuple[str, set[str]]:
+    """Runs a script once for each line of words, in one process. Returns its output and the modules that it loaded."""
+    command = [sys.executable, "-c", RUN, str(script), *lines]
+    result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    output, loaded = result.stdout.rsplit("LOADED", 1)
+    return output, set(loaded.split())
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules}
+
+
 def test_help_imports_little_and_answers_at_once():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", ROOT / "ltp.py", "soft", "--help"], capture_output=True, text=True
-    )
+    output, loaded = run_and_list(ROOT / "ltp.py", "--help", *(f"{name} --help" for name in COMMANDS))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.returncode == 0 and "Usage" in result.stdout
-    modules = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-    assert {"click", "support.settings"} <= modules  # names are read as they are written
-    packages = {name.split(".")[0] for name in modules}
-    assert packages.isdisjoint(
-        {"torch", "numpy", "datasets", "tokenizers", "safetensors", "rich", "tasks", "runs", "tools"}
-    )
+    assert output.count("Usage: ") == 1 + len(COMMANDS)
+    assert {"click", "support.settings"} <= loaded
+    assert packages(loaded).isdisjoint(HEAVY | {"rich", "tasks", "runs", "tools"})
     # Processor time: the machine may be busy.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_prediction_and_training_import_no_tables(tmp_path):
+    """They take a second and 100 MB, and `predict` reads none."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport tools.predict, train\n")
+    _, loaded = run_and_list(script, "")
+    assert {"tools.predict", "train", "tasks.squad"} <= loaded
+    assert packages(loaded).isdisjoint({"datasets", "pandas", "pyarrow"})
+
+
+def test_a_heavy_package_would_be_seen(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys\ndef main():\n    import numpy.linalg\nmain()\nsys.exit(0)\n")
+    output, loaded = run_and_list(script, "")
+    assert output == "" and packages(loaded) & HEAVY == {"numpy"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -79,14 +118,15 @@ def test_settings_are_options_with_the_defaults_of_their_stage(stage):
         assert options[name].default == (Settings(**STAGES[stage])).__dict__[name]
     missing = {field.name for field in fields(Settings)} - set(names)
     thresholds = {"temperature", "temperature_end", "threshold_learning_rate", "threshold_weight_decay"}
-    thresholds.add("regularization")
+    thresholds |= {"regularization", "mask_attention"}
     pruning = {"target_flops", "distill_weight"}
     assert missing == {"soft": set(), "finetune": thresholds | pruning}.get(stage, thresholds)
 
 
 def test_soft_tells_what_a_target_changes():
     shown = " ".join(run("soft", "--help").stdout.split())
-    assert "--temperature 0.001, --temperature-end 0.0002, --lr-threshold 0.0001" in shown
+    assert "--mask-attention, --temperature 0.001, --temperature-end 0.0002, --lr-threshold 0.0001" in shown
+    assert re.search(r"--mask-attention / --mask-output .*? \[default: mask-output\]", shown)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """How the command line fails."""
 
+import errno
+
 import click
 import pytest
+import torch.distributed as dist
 from click.testing import CliRunner
 
 from support.errors import InputError, Interrupted
@@ -31,6 +34,13 @@ def test_errors_of_the_user_are_one_line():
     assert result.exit_code == 143 and result.stderr == "stopped\n"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(number):
+    """Standard output has no file name."""
+    result = failing(OSError(number, "no room"))
+    assert result.exit_code == 2 and result.stderr == f"Error: [Errno {number}] no room\n"
+
+
 @pytest.mark.parametrize(
     "error", [OSError("internal"), OSError(12, "no memory"), RuntimeError("connection closed by peer"), KeyError("x")]
 )
@@ -57,3 +67,16 @@ def test_a_process_of_several_hides_the_failure_of_another_only(message, hidden,
         assert result.exit_code == 1 and "another process failed" in result.stderr
     else:
         assert result.exception is error
+
+
+@pytest.mark.parametrize(
+    "error, stays", [(Interrupted("stopped", 15), False), (InputError("no such thing"), True), (KeyError("x"), True)]
+)
+def test_the_process_group_ends_where_all_processes_stop(error, stays, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        failing(error)
+        assert dist.is_initialized() == stays
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

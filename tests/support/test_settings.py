@@ -52,9 +52,10 @@ def test_every_stages_defaults_are_in_range():
 
 def test_a_targets_defaults_are_on_the_scale_of_the_scores():
     at_128, at_512 = soft_target(128), soft_target(512, "max_length")
+    assert soft_target(512, "length") == at_128
+    assert at_128.pop("mask_attention") is at_512.pop("mask_attention") is True  # on no scale
     assert set(at_128) == {"temperature", "temperature_end", "threshold_learning_rate"}
     assert {name: value / 4 for name, value in at_128.items()} == pytest.approx(at_512)
-    assert soft_target(512, "length") == at_128
 
 
 def test_every_setting_has_help_and_spellings_are_unique():

@@ -65,9 +65,9 @@ def test_the_last_layers_count_is_not_timed():
     assert len({id(pruner) for pruner, _ in pruned[2:]}) == 1 and len(asked) == 2 * len(pruned)
 
 
-def test_bench_of_a_task(hard, reviews):
+def test_bench_of_a_task(hard, source):
     options = BenchOptions(batch_sizes=(1, 8), examples=20, repeats=2, max_length=30)
-    result = bench_checkpoint(hard, reviews, options, Process())
+    result = bench_checkpoint(hard, source, options, Process())
     conditions = result["conditions"]
     assert [speed["batch_size"] for speed in result["speeds"]] == [1, 8]
     assert result["speeds"][0]["flops_reduction"] == result["speeds"][1]["flops_reduction"] > 1

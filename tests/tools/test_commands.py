@@ -15,11 +15,6 @@ from torch.testing import assert_close
 from support.checkpoint import load_model, save_model
 
 
-@pytest.fixture(params=["questions", "tags"])
-def trained(request):
-    return request.getfixturevalue(request.param)
-
-
 def pruned(folder: Path, target: Path) -> Path:
     """A copy of a model with thresholds at which tokens go."""
     shutil.copytree(folder, target)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_ltp import refused, run
 
 import tools.demo
 from support.errors import InputError
@@ -42,20 +43,24 @@ def test_the_tokenizer_fits_the_model(tmp_path):
 
 
 def test_demo_runs_every_stage(tmp_path, monkeypatch):
+    """The command, in a size for tests."""
+    evaluations = []
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(tools.demo, "write_demo", lambda folder, seed: write_demo(folder, seed, train=96, dev=20))
-    folder, lines = tmp_path / "demo", []
-    rows = run_demo(folder, 1, False, Process(), lines.append, lambda *args, **state: None)
-    assert [stage for stage, _ in rows] == ["finetune", "soft", "hard", "topk", "manual"]
-    assert all(0 < record["relative_flops"] <= 1 and record["speedup"]["128"] > 0 for _, record in rows)
-    commands = [line.strip() for line in lines if line.startswith("\n$")]
-    assert commands[1] == (
+    monkeypatch.setattr(tools.demo, "run_demo", lambda *a, **k: evaluations.extend(run_demo(*a, **k)) or evaluations)
+    folder = tmp_path / "demo"
+    result = run("demo", "--output", folder, "--seed", 1)
+    names = ["finetune", "soft", "hard", "topk", "manual"]
+    assert [stage for stage, _ in evaluations] == names
+    assert all(0 < record["relative_flops"] <= 1 and record["speedup"]["128"] > 0 for _, record in evaluations)
+    commands = [line for line in result.stderr.splitlines() if line.startswith("$")]
+    assert [command.split()[3] for command in commands] == names and commands[1] == (
         f"$ python ltp.py soft --data {folder / 'data'} --restore {folder / 'finetune'} --lr 0.0005 --epochs 2.0 "
         f"--lambda 0.05 --lr-threshold 0.0001 --output {folder / 'soft'}"
     )
-    with pytest.raises(InputError, match="is not empty; choose another or pass --overwrite"):
-        run_demo(folder, 1, False, Process(), lines.append, print)
-    with pytest.raises(InputError, match="holds something else than a demo"):
-        run_demo(tmp_path, 1, True, Process(), lines.append, print)
+    for words in (*names, "speed at 128", "One example", "python ltp.py finetune --task MRPC"):
+        assert words in result.stdout, words
+    assert refused("demo", "--output", folder).endswith("is not empty; choose another or pass --overwrite")
+    assert "holds something else than a demo" in refused("demo", "--output", tmp_path, "--overwrite")
     with pytest.raises(InputError, match="start it without torchrun"):
-        run_demo(tmp_path / "new", 1, False, Process(world=2), lines.append, print)
+        run_demo(tmp_path / "new", 1, False, Process(world=2), print, print)

@@ -40,10 +40,10 @@ def read_log(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def plain(runs, reviews, tmp_path_factory) -> Path:
+def plain(runs, source, tmp_path_factory) -> Path:
     """What `eval --json` writes."""
     file = tmp_path_factory.mktemp("plain") / "plain.json"
-    evaluation, _, _ = evaluate_checkpoint(runs / "dense", reviews, Process())
+    evaluation, _, _ = evaluate_checkpoint(runs / "dense", source, Process())
     file.write_text(json.dumps({"task": "custom"} | asdict(evaluation), indent=2))
     return file
 

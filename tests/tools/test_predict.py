@@ -1,11 +1,13 @@
 """Answers: the same whatever the batch, in the records' order, and those of `eval`."""
 
 import json
+import re
 import threading
 
 import pytest
 from sentences import made_sentences
 from small_models import random_sequences, small_model
+from test_ltp import refused
 
 from runs.stage import StageRequest, evaluate_checkpoint, run_stage
 from support.checkpoint import save_model
@@ -108,8 +110,8 @@ def test_a_score_is_the_answer_of_a_regression(demo, tmp_path):
 def test_a_bad_line_is_named_and_the_old_output_stays(hard, tmp_path, line, message):
     (tmp_path / "in.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     (tmp_path / "out.jsonl").write_text("old")
-    with pytest.raises(InputError, match=f"in.jsonl, line 2: .*{message}"):
-        predict_file(predictor(hard), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    error = refused("predict", "--restore", hard, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert re.search(f"in.jsonl, line 2: .*{message}", error)
     assert (tmp_path / "out.jsonl").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
