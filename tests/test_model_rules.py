@@ -8,7 +8,6 @@ from small_models import SMALL, random_sequences, small_model
 
 from model import (
     Config,
-    Decision,
     Hard,
     Model,
     Sequences,
