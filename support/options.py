@@ -169,7 +169,7 @@ STAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "manual": (threshold_option, score_norm_option, protect_option, distill_option),
 }
 TARGET_SETTINGS = ", ".join(
-    flag(name).split("/")[0] + ("" if value is True else f" {value:g}") for name, value in soft_target(128).items()
+    flag(name) + ("" if value is True else f" {value:g}") for name, value in soft_target(128).items()
 )
 STAGE_HELP = {
     "finetune": """Fine-tune without pruning: the first step, and the dense model to compare with.

@@ -79,8 +79,8 @@ class Settings:
     )
     mask_attention: bool = setting(
         False,
-        "What a soft mask multiplies: the layer's output, as in the paper, or the attention that later layers pay to the "
-        "token, which comes closer to dropping it.",
+        "What a soft mask multiplies: the layer's output, as in the paper, or the attention that later layers pay to "
+        "the token, which comes closer to dropping it.",
         "--mask-attention/--mask-output",
     )
     distill_weight: float = setting(
@@ -104,21 +104,21 @@ class PruningOptions:
 
 
 def flag(name: str) -> str:
-    """The command-line spelling of a setting.
+    """The command-line spelling of a setting; of a switch, the one that turns it on.
 
     >>> flag("learning_rate"), flag("warmup")
     ('--lr', '--warmup')
     """
     metadata = next(f.metadata for f in fields(Settings) if f.name == name)
-    return (metadata["flags"] or (f"--{name.replace('_', '-')}",))[0]
+    return (metadata["flags"] or (f"--{name.replace('_', '-')}",))[0].split("/")[0]
 
 
 def soft_target(max_length: int, score_norm: str = "max_length") -> dict[str, Any]:
-    """Defaults of soft training with --target-flops: soft masks that act where dropping acts, fast thresholds, and a τ
-    that falls towards the hard decision.
+    """Defaults of soft training with --target-flops: masks on attention, fast thresholds, and a τ that falls towards the
+    hard decision.
 
-    The last three are on the scale of the scores. With score_norm "max_length" the scores are divided by `max_length`, and
-    the values were chosen at 128 tokens.
+    The last three are on the scale of the scores. With score_norm "max_length" the scores are divided by `max_length`,
+    and the values were chosen at 128 tokens.
     """
     scale = 128 / max_length if score_norm == "max_length" else 1.0
     return {
