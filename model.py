@@ -9,8 +9,8 @@ dropped: a sigmoid mask, which has a gradient, multiplies each token's state, an
 the *hard* stage the thresholds stay as they are, tokens below them are dropped, and the weights adapt.
 
 Why it is fast. A batch is one flat run of tokens without padding. Dropping tokens is `x = x[survivors]`, and every
-later matrix product is that much smaller, at any batch size, in training and in inference. Sequences meet nowhere but in
-attention, where each one is laid on a row of a grid.
+later matrix product is that much smaller, at any batch size, in training and in inference. Sequences meet nowhere but
+in attention, where each one is laid on a row of a grid.
 
 Legend. B sequences in a batch, T tokens in the batch (all sequences together, fewer after each drop), D hidden size,
 H heads, d = D / H head size, F intermediate size, L layers, n length of a sequence, b sequences on one grid, l layer,
@@ -25,8 +25,8 @@ Departures from the authors' release:
 - soft masks may act on attention instead of states, which comes closer to dropping (see `Soft`);
 - top-k's rate is clamped at 0, not at 0.01.
 
-Read from top to bottom: configuration, sequences in a flat run, pruning rules, pruners, attention, layer, encoder, heads,
-FLOPs, Hugging Face folders.
+Read from top to bottom: configuration, sequences in a flat run, pruning rules, pruners, attention, layer, encoder,
+heads, FLOPs, Hugging Face folders.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ def threshold_ladder(final_token_threshold: float, num_layers: int, power: float
 def importance(received: Tensor, num_heads: int, N: int | Tensor) -> Tensor:
     """s(i) = (1/H) Σ_h (1/N) Σ_j A_h(j, i), equation 3 of the paper.
 
-    received (T,): Σ_h Σ_j A_h(j, i), see `attend_and_score`. N: the maximum length (the release, whose θ, λ and τ are on
-    this scale) or the original length of each token's sequence (T,) (the paper's formula). -> (T,)
+    received (T,): Σ_h Σ_j A_h(j, i), see `attend_and_score`. N: the maximum length (the release, whose θ, λ and τ are
+    on this scale) or the original length of each token's sequence (T,) (the paper's formula). -> (T,)
     """
     return received / (num_heads * N)
 
@@ -309,7 +309,7 @@ def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
 
 
 def keep_topk(scores: Tensor, seqs: Sequences, counts: Tensor, protected: Tensor) -> Tensor:
-    """The `counts` (B,) tokens of each sequence with the highest scores survive, protected ones first, ties to the left.
+    """The `counts` (B,) best tokens of each sequence survive: protected ones, then the highest scores, ties to the left.
 
     scores (T,), protected (T,) bool, in a sequence no more than its count -> keep (T,) bool.
     """
@@ -411,8 +411,8 @@ class Soft(Dense):
     def __init__(self, thresholds: Tensor, temperature: float, masks_attention: bool = False):
         """thresholds (L,), a parameter that wants a gradient. temperature: τ.
 
-        masks_attention: a mask multiplies the presence of its token in the attention of all later layers, so that a mask
-        of 0 is the same as dropping. Otherwise it multiplies the token's state, as in the paper.
+        masks_attention: a mask multiplies the presence of its token in the attention of all later layers, so that a
+        mask of 0 is the same as dropping. Otherwise it multiplies the token's state, as in the paper.
         """
         self.thresholds, self.temperature, self.masks_attention = thresholds, temperature, masks_attention
 
@@ -429,7 +429,10 @@ class Soft(Dense):
 
 
 def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q · k / √d + bias) in float32. query (b, H, q, d), key (b, H, n, d), bias (b, 1, 1, n) -> (b, H, q, n)."""
+    """softmax(q · k / √d + bias), in float32.
+
+    query (b, H, q, d), key (b, H, n, d), bias (b, 1, 1, n) -> (b, H, q, n).
+    """
     b, H, n, d = key.shape
     beta = 0 if bias is None else 1  # with 0, baddbmm ignores its first argument
     bias = query.new_zeros(1, 1, 1) if bias is None else bias.to(query.dtype).expand(b, H, 1, n).flatten(0, 1)
@@ -442,9 +445,9 @@ def attend_and_score(
 ) -> tuple[Tensor, Tensor]:
     """Attention that writes its probabilities down, for some queries at a time, and sums what each token receives.
 
-    query, key, value (b, H, n, d) (query may have one row alone). presence (b, n): how much of each token is there; None:
-    all. A key's probability is multiplied by its presence before the probabilities are made to sum to 1, and what a query
-    gives counts in proportion to its own presence.
+    query, key, value (b, H, n, d) (query may have one row alone). presence (b, n): how much of each token is there;
+    None: all. A key's probability is multiplied by its presence before the probabilities are made to sum to 1, and what
+    a query gives counts in proportion to its own presence.
     Returns the context (b, H, q, d), the first query's alone if `first_only`, and Σ_h Σ_j A_h(j, i) over the queries j
     that are no padding, before dropout (b, n) float32.
     """
@@ -693,8 +696,12 @@ class Model(nn.Module):
         return Dense()
 
     def forward(self, batch: Batch, pruner: Dense | None = None, layout: Callable = Sequences) -> Output:
-        """Answers for a batch. pruner: default, the one of the configuration. layout: what makes Sequences of lengths (an
-        exporter has another)."""
+        """Answers for a batch.
+
+        pruner: default, the one of the configuration. layout: what makes Sequences of lengths (an exporter has
+        another). A pass waits for the device once for its first layout, and once for each layer whose pruner decides
+        who survives.
+        """
         pruner = self.pruner() if pruner is None else pruner
         seqs = layout(batch.lengths)
         alive = self.all_tokens(batch, seqs)
@@ -720,9 +727,9 @@ class Model(nn.Module):
             x = layer.feed_forward_block(x)
             if decision.mask is not None:
                 alive = alive._replace(share=alive.share * decision.mask)
-                # The paper masks a layer's output, though dropping comes before the feed-forward block. The last layer's
-                # output needs no mask: a first token's is 1, and other heads weigh by shares. So a classifier's last
-                # threshold gets no gradient but the regulariser's.
+                # The paper masks a layer's output, though dropping comes before the feed-forward block. The last
+                # layer's output needs no mask: a first token's is 1, and other heads weigh by shares. So a classifier's
+                # last threshold gets no gradient but the regulariser's.
                 if not last and not pruner.masks_attention:
                     x = x * decision.mask[:, None].to(x.dtype)
         if exits is not None:
@@ -838,8 +845,8 @@ def initialize(module: nn.Module, std: float, generator: torch.Generator | None 
 def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
     """Multiply-accumulates of each layer and sequence, 4 D² n_in + 2 D n_in² + 2 D F n_out; 2 FLOPs each.
 
-    lengths (B,), kept (L, B) tokens surviving each layer -> (L, B). This is the formula of the authors' release with the
-    true feed-forward width. It follows the pruning rule alone: embeddings, head and the last layer's saving do not
+    lengths (B,), kept (L, B) tokens surviving each layer -> (L, B). This is the formula of the authors' release with
+    the true feed-forward width. It follows the pruning rule alone: embeddings, head and the last layer's saving do not
     count. The dense model's FLOPs are those with `kept` equal to `lengths`. Soft counts give a differentiable result.
     """
     D, F = config.hidden_size, config.intermediate_size

@@ -2,14 +2,15 @@
 
     stage      training pass                     evaluation        learns                   thresholds at the start
     finetune   dense                             dense             weights                  none
-    soft       masks multiply, nothing dropped   drops below θ     weights and thresholds   a ladder, or the checkpoint's
+    soft       masks multiply, nothing dropped   drops below θ     weights and thresholds   a ladder, or the model's
     hard       drops below θ                     the same          weights                  those that `soft` learned
     manual     drops below θ                     the same          weights                  a ladder
     topk       keeps the highest scores          the same          weights                  none
 
 runs/stage.py loads the model, sets the thresholds of this table, and calls `train`. With a FLOPs target, `soft` finds λ
-while it trains, and the thresholds are multiplied by one factor that meets the target: at the start, at the end of `soft`,
-and at each evaluation of `hard` and `manual`. Nothing else changes thresholds that are not learned.
+while it trains, and the thresholds are multiplied by one factor that meets the target: before the first step (in
+runs/stage.py), at the end of `soft`, and at each evaluation of `hard` and `manual`. Nothing else changes thresholds
+that are not learned. The values of λ, τ and all rates are settings: support/settings.py.
 
 Read from top to bottom: optimizer, schedule, losses, budget, the step, evaluation, the loop.
 """
@@ -76,8 +77,8 @@ def rate_factor(step: int, steps: int, warmup: float, fall: bool = True) -> floa
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Losses, summed over K choices. A choice is what one row of logits decides: the class or score of a sequence, the tag of a
-# token, the token where an answer starts. A target of -100 does not count
+# Losses, summed over K choices. A choice is what one row of logits decides: the class or score of a sequence, the tag
+# of a token, the token where an answer starts. A target of -100 does not count
 
 IGNORED = -100
 DISTILL_TEMPERATURE = 2.0
@@ -93,8 +94,8 @@ def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def distillation_loss(logits: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """How far answers are from the teacher's. logits and teacher (K, C), targets (K,) -> ().
 
-    Kullback-Leibler divergence at DISTILL_TEMPERATURE, times its square (Hinton et al., arXiv 1503.02531); squared error
-    where there is one output.
+    Kullback-Leibler divergence at DISTILL_TEMPERATURE, times its square (Hinton et al., arXiv 1503.02531); squared
+    error where there is one output.
     """
     if logits.size(1) == 1:
         return F.mse_loss(logits.float(), teacher, reduction="sum")
@@ -378,7 +379,7 @@ class Evaluation:
     dense_gflops: float
     relative_flops: float
     kept: list[float]  # (L,) share of the tokens that survives each layer
-    seconds: float  # of the forward passes
+    seconds: float  # of predicting, without loss and metrics
     examples_per_second: float
 
 
@@ -530,7 +531,8 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
                 run.save_state(trainer.state() | {"best": best, "losses": losses})
             if not last and result.stop:
                 raise Interrupted(
-                    f"stopped after step {trainer.completed} of {trainer.steps}; the same command with --resume goes on",
+                    f"stopped after step {trainer.completed} of {trainer.steps}; "
+                    "the same command with --resume goes on",
                     run.stop_signal or signal.SIGTERM,  # another process's signal
                 )
     except FloatingPointError as error:
