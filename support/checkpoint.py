@@ -31,12 +31,10 @@ from model import (
 )
 from support.errors import InputError, plural
 from support.files import write_file, write_text
-from support.settings import QUESTION_LENGTH
 
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
 
-SPAN_LABELS = ("start", "end")  # the outputs of a question-answering head
 PRUNE_MODES = ("absolute_threshold", "topk", None)
 SCORE_NORMS = ("max_length", "length")
 
@@ -75,9 +73,6 @@ def check_config(raw: Any, where: str = "config.json") -> Config:
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raw["architectures"] = None  # names no head
     config = Config.from_dict(raw)
-    if config.head == "span":
-        length = raw.get("max_seq_length", min(QUESTION_LENGTH, config.max_tokens))
-        config = replace(config, labels=SPAN_LABELS, max_seq_length=length)
     if config.max_tokens < 2:
         raise bad_value(raw, where, "max_position_embeddings", "leaves no room for a sequence")
     return config
