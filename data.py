@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 CACHE_VERSION = 2  # part of every cache key: raise it when the tokenization or its columns change
+IGNORED = -100  # the target of a choice that the loss leaves out
 POOL = 16  # batches of an epoch that are sorted by length together
 
 

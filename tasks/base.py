@@ -6,6 +6,7 @@ There is a subclass of `Task` for each kind of head.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """What is asked of a text, and how answers are judged."""
 
     name: str  # "custom" for the user's own data
@@ -90,14 +91,15 @@ class Task:
         """Names, without ending, that a file of this set may have. name: "train", or the name of a set in `dev`."""
         return [name] if name == "train" or len(self.dev) > 1 else [name, "validation", "valid", "testa"]
 
+    @abstractmethod
     def read(self, path: Path) -> Iterator[Any]:
         """Yields the rows of a file. Raises: InputError naming file and line."""
-        raise NotImplementedError
 
     def read_hub(self, split: str) -> Iterator[Any]:
         """Yields the rows of a split on the hub. Raises: InputError."""
-        raise NotImplementedError
+        raise InputError(f"{self.title}: is not on the hub; name its files with --data PATH")
 
+    @abstractmethod
     def load(
         self, source: Source, split: str, tokenizer: Tokenizer, max_length: int, labels: tuple[str, ...] | None = None
     ) -> tuple[dict[str, Examples], tuple[str, ...]]:
@@ -106,27 +108,26 @@ class Task:
         split: "train", "dev" or "eval", see `Source.rows`. labels: class names in id order; default: the task's, or, if
         it has none, those of this split, sorted. Raises: InputError.
         """
-        raise NotImplementedError
 
     def choices(self, logits: Tensor, lengths: Tensor) -> Tensor:
         """The K choices that the losses compare, a row each: logits of B sequences with `lengths` (B,) -> (K, C)."""
         return logits
 
+    @abstractmethod
     def targets(self, examples: Examples, indices: np.ndarray) -> Tensor:
-        """What the choices of these examples should be: (K,), -100 where a choice does not count."""
-        raise NotImplementedError
+        """What the choices of these examples should be: (K,), `data.IGNORED` where a choice does not count."""
 
+    @abstractmethod
     def count_targets(self, examples: Examples, indices: np.ndarray) -> int:
         """How many choices of these examples count: the loss is their mean."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, examples: Examples, logits: list[np.ndarray]) -> tuple[Metrics, float]:
         """Metrics and the one score to select on. logits: of each example in order, (C,) or (n, C)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, records: list[Record], reader: Reader) -> Prepared:
         """Makes records of `predict` ready to run. Raises: InputError naming the record."""
-        raise NotImplementedError
 
 
 class Part(NamedTuple):

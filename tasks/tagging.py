@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import CACHE_VERSION, Examples, cached_table, chunked, list_buffer, read_columns
+from data import CACHE_VERSION, IGNORED, Examples, cached_table, chunked, list_buffer, read_columns
 from support.errors import InputError
 from tasks.base import Metrics, Prepared, Reader, Record, Source, Task
 from tasks.readers import (
@@ -180,8 +180,6 @@ def entity_metrics(gold: list[list[str]], predicted: list[list[str]]) -> dict[st
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The task
-
-IGNORED = -100  # the target of tokens that the loss leaves out: all but the first of each word
 
 
 @dataclass

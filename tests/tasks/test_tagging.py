@@ -9,11 +9,12 @@ import pytest
 import torch
 from sentences import SHARED, made_sentences
 
+from data import IGNORED
 from model import Config
 from support.errors import InputError
 from tasks import own_task
 from tasks.base import Reader, Source
-from tasks.tagging import IGNORED, Aligned, Sentence, align, entity_metrics
+from tasks.tagging import Aligned, Sentence, align, entity_metrics
 from tasks.tokenizer import Tokenizer
 from tools.demo import FILLER
 
