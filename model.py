@@ -190,8 +190,9 @@ def pack(token_ids: list[list[int]], segment_ids: list[list[int]] | None = None)
 class Sequences:
     """How B sequences lie in a flat run of T tokens. A pass makes it once, and again when tokens were dropped."""
 
-    # Limits of a grid: its area b · n² (a longer sequence has a grid of its own), and the part of the area that is
-    # padding, per sequence. Large grids leave a CPU's cache; a GPU wants few kernels.
+    # A grid of b sequences, the longest with n tokens, has an area of b · n² attention probabilities a head. The first
+    # number limits the area (a longer sequence gets a grid of its own), b times the second the part of it that is
+    # padding. Large grids leave a CPU's cache; a GPU wants few kernels.
     CPU_LIMITS = (40_000, 500)
     GPU_LIMITS = (2**24, 2**16)
 
@@ -249,6 +250,11 @@ class Sequences:
         """The layout of the survivors, and their places in this one; None where all survive.
 
         keep (T,) bool, kept (B,) its sums: knowing them, `nonzero` need not wait for the device.
+
+        >>> seqs, keep = Sequences(torch.tensor([3, 2])), torch.tensor([True, False, True, True, False])
+        >>> smaller, survivors = seqs.drop(keep, seqs.sum(keep))
+        >>> smaller.sizes, survivors
+        ([2, 1], tensor([0, 2, 3]))
         """
         smaller = type(self)(kept, self.original_lengths)
         if smaller.num_tokens == self.num_tokens:
@@ -309,7 +315,7 @@ def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
 
 
 def keep_topk(scores: Tensor, seqs: Sequences, counts: Tensor, protected: Tensor) -> Tensor:
-    """The `counts` (B,) best tokens of each sequence survive: protected ones, then the highest scores, ties to the left.
+    """The `counts` (B,) best tokens of a sequence survive: protected ones, then the highest scores, ties to the left.
 
     scores (T,), protected (T,) bool, in a sequence no more than its count -> keep (T,) bool.
     """
@@ -356,12 +362,8 @@ class Dense:
 
     masks_attention = False  # soft masks act on the attention that later layers pay to a token, not on its state
 
-    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
-        """Whether layer l must score its tokens.
-
-        first_only: it is a classifier's last layer. Only first tokens are read there, so that nothing need be dropped,
-        and scores change no answer but the count of tokens that the rule would keep.
-        """
+    def needs_scores(self, l: int, seqs: Sequences) -> bool:
+        """Whether layer l must score its tokens."""
         return False
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
@@ -372,13 +374,13 @@ class Dense:
 class Hard(Dense):
     """Drops the tokens that score below their layer's threshold: LTP in inference and in its hard stage, and manual."""
 
-    def __init__(self, thresholds: Tensor, count_last: bool = True):
-        """thresholds (L,). count_last: score a classifier's last layer too, for the count alone."""
-        self.thresholds, self.count_last = thresholds, count_last
+    def __init__(self, thresholds: Tensor):
+        """thresholds (L,)."""
+        self.thresholds = thresholds
         self.can_drop = (thresholds > 0).tolist()  # waits for the device; no score is below 0
 
-    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
-        return self.can_drop[l] and not seqs.single and (self.count_last or not first_only)
+    def needs_scores(self, l: int, seqs: Sequences) -> bool:
+        return self.can_drop[l] and not seqs.single
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
         if scores is None:
@@ -394,12 +396,12 @@ class TopK(Dense):
         """rates (L,): see `topk_rates`."""
         self.rates = rates
 
-    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
-        return self.rates[l] < 1 and not seqs.single and not first_only
+    def needs_scores(self, l: int, seqs: Sequences) -> bool:
+        return self.rates[l] < 1 and not seqs.single
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
         counts = topk_counts(seqs.original_lengths, self.rates[l]).minimum(seqs.lengths)
-        if scores is None:  # nobody is dropped; in a classifier's last layer the rule's count is known all the same
+        if scores is None:
             return Decision(counts)
         counts = counts.maximum(seqs.sum(alive.protected))
         return Decision(counts, keep_topk(scores, seqs, counts, alive.protected))
@@ -416,12 +418,30 @@ class Soft(Dense):
         """
         self.thresholds, self.temperature, self.masks_attention = thresholds, temperature, masks_attention
 
-    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
+    def needs_scores(self, l: int, seqs: Sequences) -> bool:
         return True
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
         mask = soft_mask(scores, self.thresholds[l], self.temperature, alive.protected)
         return Decision(seqs.sum(alive.share * mask), mask=mask)
+
+
+class Uncounted(Dense):
+    """Decides as a model's own pruner does, but never scores a classifier's last layer: for training and timing.
+
+    Only first tokens are read there, and they are never dropped. Scores would tell how many tokens the rule keeps, and
+    change no answer.
+    """
+
+    def __init__(self, model: Model):
+        self.pruner = model.pruner()
+        self.last = len(model.layers) - 1 if model.config.head == "sequence" else None
+
+    def needs_scores(self, l: int, seqs: Sequences) -> bool:
+        return l != self.last and self.pruner.needs_scores(l, seqs)
+
+    def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
+        return self.pruner.decide(l, scores, alive, seqs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -687,10 +707,10 @@ class Model(nn.Module):
         ladder = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
         self.thresholds = nn.Parameter(ladder, requires_grad=False)  # soft training turns the gradient on
 
-    def pruner(self, count_last: bool = True) -> Dense:
-        """The pruner that the configuration names for inference. count_last: see `Hard`."""
+    def pruner(self) -> Dense:
+        """The pruner that the configuration names for inference."""
         if self.config.prune_mode == "absolute_threshold":
-            return Hard(self.thresholds, count_last)
+            return Hard(self.thresholds)
         if self.config.prune_mode == "topk":
             return TopK(topk_rates(self.config.token_keep_rate, len(self.layers)))
         return Dense()
@@ -706,16 +726,16 @@ class Model(nn.Module):
         seqs = layout(batch.lengths)
         alive = self.all_tokens(batch, seqs)
         x = self.embeddings(batch)
-        # Where every token has an answer, its state is added here as it is dropped, in shares that sum to 1.
+        # Where every token has an answer, its state is added here as it is dropped.
         exits = None if self.config.head == "sequence" else torch.zeros_like(x)  # (T, D)
         steps = []
         for l, layer in enumerate(self.layers):
             last = l == len(self.layers) - 1
             first_only = last and exits is None  # a classifier reads the first tokens: x becomes (B, D)
             presence = alive.share if pruner.masks_attention else None
-            score = pruner.needs_scores(l, seqs, first_only)
+            score = pruner.needs_scores(l, seqs)
             x, received = layer.attention_block(x, seqs, presence, score, first_only)
-            scores = None if received is None else self.importance(received, seqs)
+            scores = None if received is None else self.score(received, seqs)
             decision = pruner.decide(l, scores, alive, seqs)
             steps.append(Step(alive.tokens, scores, decision))
             if exits is not None:
@@ -744,8 +764,8 @@ class Model(nn.Module):
             protected = protected | (batch.segment_ids == 0)
         return Alive(tokens, protected, torch.ones_like(tokens, dtype=torch.float32))
 
-    def importance(self, received: Tensor, seqs: Sequences) -> Tensor:
-        """The score of each token (T,), with the N that `score_norm` names."""
+    def score(self, received: Tensor, seqs: Sequences) -> Tensor:
+        """The importance of each token (T,), with the N that `score_norm` names."""
         by_length = self.config.score_norm == "length"
         N = seqs.original_lengths[seqs.ids] if by_length else self.config.max_seq_length
         return importance(received, self.config.num_attention_heads, N)
@@ -787,8 +807,7 @@ class Model(nn.Module):
 def add_dropped(exits: Tensor, x: Tensor, alive: Alive, decision: Decision) -> Tensor:
     """Adds to exits (T, D) the state x (T_l, D) of each token times the share of it that this layer drops.
 
-    A soft mask drops 1 - m of what is left of a token. (That earlier masks have scaled the state does not count twice:
-    the layer norms restore its scale.)
+    Hard rules drop the whole of a token once, a soft mask 1 - m of what is left of it. Its shares sum to 1.
     """
     if decision.mask is not None:
         dropped = alive.share * (1 - decision.mask)

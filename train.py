@@ -31,16 +31,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Examples, chunked, epoch_batches, token_batches
-from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, macs
+from data import IGNORED, Examples, chunked, epoch_batches, token_batches
+from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, Uncounted, macs
 from support.errors import InputError, Interrupted
 from support.process import Process
 from support.settings import Settings
 from tasks.base import Task
 
-# The training pass of each stage, called its mode, and the prune_mode of the checkpoint that it leaves.
-MODES = {"finetune": "none", "soft": "soft", "hard": "hard", "topk": "topk", "manual": "hard"}
-PRUNE_MODES = {"none": None, "soft": "absolute_threshold", "hard": "absolute_threshold", "topk": "topk"}
+# How the checkpoint of each stage prunes in inference, in the words of its config.json.
+PRUNE_MODES = {
+    "finetune": None,
+    "soft": "absolute_threshold",
+    "hard": "absolute_threshold",
+    "manual": "absolute_threshold",
+    "topk": "topk",
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
@@ -78,9 +83,8 @@ def rate_factor(step: int, steps: int, warmup: float, fall: bool = True) -> floa
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses, summed over K choices. A choice is what one row of logits decides: the class or score of a sequence, the tag
-# of a token, the token where an answer starts. A target of -100 does not count
+# of a token, the token where an answer starts. A target of IGNORED does not count
 
-IGNORED = -100
 DISTILL_TEMPERATURE = 2.0
 
 
@@ -185,7 +189,7 @@ class StepResult(NamedTuple):
     """The figures of one step."""
 
     loss: float  # mean over the global batch, without λ's part
-    relative_flops: float  # of the soft masks; 0 in other modes
+    relative_flops: float  # of the soft masks; 0 in other stages
     stop: bool  # whether any process was asked to stop
 
 
@@ -193,12 +197,18 @@ class Trainer:
     """A model in training: its optimizer, its schedule, its step."""
 
     def __init__(
-        self, model: Model, mode: str, task: Task, train_set: Examples, settings: Settings, process: Process = Process()
+        self,
+        model: Model,
+        stage: str,
+        task: Task,
+        train_set: Examples,
+        settings: Settings,
+        process: Process = Process(),
     ):
-        """mode: the training pass, a key of PRUNE_MODES."""
-        model.config = replace(model.config, prune_mode=PRUNE_MODES[mode])  # how evaluation will prune
-        model.thresholds.requires_grad_(mode == "soft")
-        self.model, self.mode, self.task = model.to(process.device), mode, task
+        """stage: a row of the table above. model: with the thresholds that the stage starts from."""
+        model.config = replace(model.config, prune_mode=PRUNE_MODES[stage])  # how evaluation will prune
+        model.thresholds.requires_grad_(stage == "soft")
+        self.model, self.stage, self.task = model.to(process.device), stage, task
         self.train_set, self.settings, self.process = train_set, settings, process
         self.replica = DistributedDataParallel(model) if process.world > 1 else model
         self.optimizer = make_optimizer(model, settings)
@@ -207,14 +217,14 @@ class Trainer:
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.save_steps = settings.save_steps or self.steps_per_epoch
         self.completed = 0  # steps
-        self.budget = Budget(settings.target_flops) if mode == "soft" and settings.target_flops else None
+        self.budget = Budget(settings.target_flops) if stage == "soft" and settings.target_flops else None
         self.regularization = 0.0 if self.budget else settings.regularization  # λ
-        # Nothing about this pruner is learned, so it is made once: making it waits for the device.
-        self.frozen_pruner = model.pruner(count_last=False)
+        # The pruner of stages that learn no thresholds is made once: making it waits for the device.
+        self.frozen_pruner = Uncounted(model)
 
     def pruner(self) -> Dense:
         """The pruner of the next training pass."""
-        if self.mode == "soft":
+        if self.stage == "soft":
             return Soft(self.model.thresholds, self.temperature(), self.settings.mask_attention)
         return self.frozen_pruner
 
@@ -251,7 +261,7 @@ class Trainer:
         loss_and_flops = self.backward(indices)
         sums = self.process.sum(torch.cat([loss_and_flops, loss_and_flops.new_full((1,), float(stop()))]))
         norm = torch.nn.utils.clip_grad_norm_(weights_of(self.model), self.settings.max_grad_norm)
-        if self.mode == "soft":
+        if self.stage == "soft":
             norm = norm + self.model.thresholds.grad.norm()  # checked, but not clipped
         loss, flops, stops, norm = torch.cat([sums, norm.double()[None]]).tolist()  # waits for the device
         if not math.isfinite(loss + norm):
@@ -260,7 +270,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.mode == "soft":
+        if self.stage == "soft":
             self.model.thresholds.data.clamp_(min=0.0)  # below 0 the sigmoid is flat, and there is no way back
         if self.budget:
             self.regularization = self.budget.update(flops)
@@ -298,7 +308,7 @@ class Trainer:
 
     def losses(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Runs some examples. Returns three sums over them: the loss (the task's mixed with the teacher's), the
-        multiply-accumulates by the soft counts, and the soft masks. The last two are 0 in other modes."""
+        multiply-accumulates by the soft counts, and the soft masks. The last two are 0 in other stages."""
         batch = self.train_set.batch(indices).to(self.process.device)
         targets = self.task.targets(self.train_set, indices).to(self.process.device)
         with self.process.autocast():
@@ -311,17 +321,17 @@ class Trainer:
             teacher = self.task.choices(self.train_set.teacher[rows].to(self.process.device), lengths)
             weight = self.settings.distill_weight
             loss = (1 - weight) * loss + weight * distillation_loss(choices, teacher, targets)
-        if self.mode != "soft":
+        if self.stage != "soft":
             return loss, loss.new_zeros(()), loss.new_zeros(())
         return loss, macs(self.model.config, batch.lengths, output.kept).sum(), mask_sum(output)
 
     def meet_target(self) -> float | None:
-        """Scales the thresholds to a FLOPs target: in "hard" always, in "soft" after the last step. Returns the factor.
+        """Scales the thresholds to a FLOPs target: after the last step of `soft`, always in `hard` and `manual`.
 
-        A factor above 0 changes nothing about `frozen_pruner`, which has the same thresholds in hand.
+        Returns the factor, None without a target. `frozen_pruner` holds the same thresholds and need not be remade.
         """
         last = self.completed == self.steps
-        if self.settings.target_flops and (self.mode == "hard" or (self.mode == "soft" and last)):
+        if self.settings.target_flops and (self.stage in ("hard", "manual") or (self.stage == "soft" and last)):
             return scale_thresholds(self.model, self.train_set, self.settings.target_flops, self.process)
         return None
 
@@ -343,7 +353,7 @@ class Trainer:
         self.completed, self.regularization = state["step"], state["regularization"]
         if self.budget:
             self.budget.integral = state["integral"]
-        self.frozen_pruner = self.model.pruner(count_last=False)
+        self.frozen_pruner = Uncounted(self.model)
         if len(state["random"]) == self.process.world:
             self.process.set_random_state(state["random"][self.process.rank])
         else:
@@ -557,11 +567,11 @@ def evaluation_record(
         "epoch": trainer.completed / trainer.steps_per_epoch,
         "train_loss": sum(losses) / len(losses),
     }
-    if trainer.mode == "soft":
+    if trainer.stage == "soft":
         record |= {"soft_relative_flops": result.relative_flops, "lambda": trainer.regularization}
     if scale:
         record |= {"threshold_scale": scale}
-    by_threshold = PRUNE_MODES[trainer.mode] == "absolute_threshold"
+    by_threshold = PRUNE_MODES[trainer.stage] == "absolute_threshold"
     return record | asdict(evaluation) | {"thresholds": trainer.model.thresholds.tolist() if by_threshold else None}
 
 

@@ -35,7 +35,7 @@ from support.settings import Settings  # noqa: E402
 from tasks import find_task  # noqa: E402
 from tasks.base import Source  # noqa: E402
 from tasks.tokenizer import Tokenizer  # noqa: E402
-from train import MODES, PRUNE_MODES, Trainer  # noqa: E402
+from train import Trainer  # noqa: E402
 
 Step = Callable[[np.ndarray], Any]
 STAGES = {"dense": "finetune", "soft": "soft", "hard": "hard", "topk": "topk"}  # by their names in the table
@@ -49,12 +49,10 @@ def make_trainers(
     settings = Settings(learning_rate=0.0, threshold_learning_rate=0.0, batch_size=batch_size)
     trainers = {}
     for name, stage in STAGES.items():
-        mode = MODES[stage]
-        changes = {"token_keep_rate": token_keep_rate, "prune_mode": PRUNE_MODES[mode]}
-        model = load_model(restore, source.task.labels or ("score",), **changes).model
+        model = load_model(restore, source.task.labels or ("score",), token_keep_rate=token_keep_rate).model
         model = use_fast_dropout(model.to(process.device))
         trainers[name] = Trainer(
-            model, mode=mode, task=source.task, train_set=train_set, settings=settings, process=process
+            model, stage=stage, task=source.task, train_set=train_set, settings=settings, process=process
         )
     return trainers
 

@@ -29,6 +29,8 @@ from train import Result, Trainer
 RUN_FILES = ("config.json", "model.safetensors", "log.jsonl", *Tokenizer.FILES)
 LOG = "log.jsonl"
 STATES = "resume"  # subfolder with the states
+# What the log calls the training pass of a stage.
+PASSES = {"finetune": "none", "soft": "soft", "hard": "hard", "manual": "hard", "topk": "topk"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder
@@ -249,7 +251,7 @@ class RunFolder:
         self.header = {
             "event": "start",
             **self.header,
-            "pruning": trainer.mode,
+            "pruning": PASSES[trainer.stage],
             "settings": asdict(trainer.settings),
             "examples": len(trainer.train_set),
             "precision": self.process.precision,

@@ -38,7 +38,7 @@ from support.process import Process
 from support.settings import PruningOptions, Settings, check_settings
 from tasks.base import Source, Task
 from tasks.tokenizer import Tokenizer
-from train import BUDGET_MARGIN, MODES, PRUNE_MODES, Evaluation, Result, Trainer, evaluate, scale_thresholds, train
+from train import BUDGET_MARGIN, PRUNE_MODES, Evaluation, Result, Trainer, evaluate, scale_thresholds, train
 
 Show = Callable[[str], Any]
 Progress = Callable[..., Any]
@@ -48,7 +48,7 @@ Progress = Callable[..., Any]
 class StageRequest:
     """What the user asks of a stage."""
 
-    stage: str  # a key of train.MODES
+    stage: str  # a row of the table in train.py
     restore: Path  # the model folder to start from
     source: Source
     settings: Settings
@@ -111,7 +111,7 @@ def run_stage(
     model = use_fast_dropout(model.to(process.device))
     trainer = Trainer(
         model,
-        mode=MODES[request.stage],
+        stage=request.stage,
         task=request.source.task,
         train_set=train_set,
         settings=request.settings,
@@ -165,7 +165,7 @@ def make_plan(request: StageRequest) -> Plan:
 
 def pruning_changes(request: StageRequest, config: Config) -> dict[str, Any]:
     """Fields of the checkpoint's configuration that the stage replaces. Raises: InputError."""
-    prune_mode, options = PRUNE_MODES[MODES[request.stage]], request.options
+    prune_mode, options = PRUNE_MODES[request.stage], request.options
     if request.stage != "hard":
         chosen = {name: value for name, value in asdict(options).items() if value is not None}
         return chosen | {"prune_mode": prune_mode}
@@ -203,8 +203,8 @@ def choose_length(request: StageRequest, config: Config, notes: list[str]) -> in
         return None
     if saved != default:
         notes.append(
-            f"{task.title} is read in windows of {default} tokens (--max-length changes it): the max_seq_length {saved} "
-            f"of {request.restore} belongs to another kind of task"
+            f"{task.title} is read in windows of {default} tokens (--max-length changes it): the max_seq_length "
+            f"{saved} of {request.restore} belongs to another kind of task"
         )
     return default
 

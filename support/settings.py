@@ -114,8 +114,7 @@ def flag(name: str) -> str:
 
 
 def soft_target(max_length: int, score_norm: str = "max_length") -> dict[str, Any]:
-    """Defaults of soft training with --target-flops: masks on attention, fast thresholds, and a τ that falls towards the
-    hard decision.
+    """Defaults of soft training with --target-flops: masks on attention, fast thresholds, a τ that falls.
 
     The last three are on the scale of the scores. With score_norm "max_length" the scores are divided by `max_length`,
     and the values were chosen at 128 tokens.

@@ -10,7 +10,7 @@ import torch
 from small_models import MODES, EverySecond, all_states, make_pruner, pruning_model, random_sequences
 
 import model as model_module
-from model import Config, Dense, Hard, Model, Sequences, Soft, TopK, initialize, macs, pack, threshold_ladder
+from model import Config, Dense, Hard, Model, Sequences, Soft, TopK, Uncounted, initialize, macs, pack, threshold_ladder
 
 RULES = (*MODES, "second")
 
@@ -229,13 +229,17 @@ def test_the_last_layers_saving_is_exact(model, rule):
             assert torch.equal(step.decision.keep.sum(), step.decision.kept.sum())
 
 
-def test_logits_are_the_same_without_the_last_count(model):
-    batch = pack(random_sequences(11))
+@pytest.mark.parametrize("prune_mode", ["absolute_threshold", "topk"])
+def test_logits_are_the_same_without_the_last_count(prune_mode):
+    model, batch = pruning_model(prune_mode=prune_mode), pack(random_sequences(11))
     with torch.inference_mode():
-        counted, plain = (model(batch, Hard(model.thresholds, count_last)) for count_last in (True, False))
+        counted, plain = model(batch), model(batch, Uncounted(model))
     torch.testing.assert_close(plain.logits, counted.logits, atol=1e-6, rtol=0)
-    assert torch.equal(plain.kept[:-1], counted.kept[:-1]) and torch.equal(plain.kept[-1], plain.kept[-2])
-    assert plain.steps[-1].scores is None and counted.kept[-1].sum() < plain.kept[-1].sum()
+    assert plain.steps[-1].scores is None and counted.steps[-1].scores is not None
+    assert torch.equal(plain.kept[:-1], counted.kept[:-1])
+    # Thresholds count nothing without scores; top-k's counts are known without them.
+    last = plain.kept[-2] if prune_mode == "absolute_threshold" else counted.kept[-1]
+    assert torch.equal(plain.kept[-1], last) and counted.kept[-1].sum() < plain.kept[-2].sum()
 
 
 @pytest.mark.parametrize("rule", ["hard", "topk", "second"])
@@ -253,7 +257,7 @@ def test_pruned_tokens_are_in_no_later_product(model, rule):
     entering = [sum(map(len, sequences)), *kept]
     expected = [(kind, n) for pair in zip(entering, kept) for kind, n in zip(("attention", "feed-forward"), pair)]
     expected[-1] = ("feed-forward", len(sequences))  # a classifier's last layer
-    if rule != "hard":  # keys and values there come from a part of the fused product
+    if rule == "second":  # without scores, keys and values there come from a part of the fused product
         del expected[-2]
     assert rows == expected and kept[-1] < 0.8 * entering[0]
 

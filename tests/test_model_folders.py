@@ -192,12 +192,10 @@ from model import Decision, Dense, Hard, Model, pack
 class AboveMean(Dense):
     """Keeps the tokens that score at least their sequence's mean."""
 
-    def needs_scores(self, l, seqs, first_only):
-        return not first_only
+    def needs_scores(self, l, seqs):
+        return True
 
     def decide(self, l, scores, alive, seqs):
-        if scores is None:
-            return Decision(seqs.lengths)
         means = seqs.sum(scores) / seqs.lengths
         keep = alive.protected | (scores >= means[seqs.ids])
         return Decision(seqs.sum(keep), keep)

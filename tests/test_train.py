@@ -112,7 +112,7 @@ def test_the_span_loss_by_hand():
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("mode", ["none", *MODES[1:]])
+@pytest.mark.parametrize("mode", ["finetune", *MODES[1:]])
 def test_parts_of_a_batch_add_up_to_the_whole(mode, head):
     data, results = examples(13, head=head), []
     for parts in (1, 4):
@@ -150,7 +150,7 @@ def test_the_teacher_has_its_share_of_the_loss(head):
     rows = 5 if head == "sequence" else int(data.lengths.sum())
     data.teacher = torch.randn(rows, len(HEADS[head]), generator=torch.Generator().manual_seed(1))
     for weight in (0.0, 0.25, 1.0):
-        trainer = Trainer(head_model(head), "none", task, data, Settings(distill_weight=weight))
+        trainer = Trainer(head_model(head), "finetune", task, data, Settings(distill_weight=weight))
         losses[weight] = gradients(trainer, np.arange(5))[0]
     assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
     batch = data.batch(np.arange(5))
@@ -163,7 +163,7 @@ def test_the_teacher_has_its_share_of_the_loss(head):
 
 
 def test_gradients_that_are_only_rounding_are_zero():
-    trainer = Trainer(head_model("span"), "none", task_of("span"), examples(6, head="span"), Settings())
+    trainer = Trainer(head_model("span"), "finetune", task_of("span"), examples(6, head="span"), Settings())
     _, result = gradients(trainer, np.arange(6))
     query, key, value = result["layers.1.attention.query_key_value.bias"].chunk(3)
     assert not key.any() and not result["head.output.bias"].any() and query.all() and value.all()

@@ -38,5 +38,5 @@ def head_model(head: str, **changes) -> Model:
 
 def mode_model(mode: str, **changes) -> Model:
     """A model whose configuration prunes as this mode does in inference."""
-    prune_mode = {"none": None, "topk": "topk"}.get(mode, "absolute_threshold")
+    prune_mode = {"finetune": None, "topk": "topk"}.get(mode, "absolute_threshold")
     return pruning_model(prune_mode=prune_mode, **changes)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data import Examples, sorted_batches
-from model import Batch, Config, Dense, Model, last_layer_saving, macs
+from model import Batch, Config, Dense, Model, Uncounted, last_layer_saving, macs
 from runs.checks import check_task, length_limit
 from support.checkpoint import load_model
 from support.cpu import pack_weights
@@ -65,7 +65,7 @@ def measure_speed(model: Model, batches: list[Batch], process: Process, repeats:
     # The first pass of each warms up and counts.
     pruned_work = count_work(model.config, lengths, time_pass(model, batches, model.pruner(), process=process)[1])
     dense_work = count_work(model.config, lengths, time_pass(model, batches, Dense(), process=process)[1])
-    pruner, times, dense_times = model.pruner(count_last=False), [], []
+    pruner, times, dense_times = Uncounted(model), [], []
     for _ in range(repeats):
         times.append(time_pass(model, batches, pruner, process=process)[0])
         dense_times.append(time_pass(model, batches, Dense(), process=process)[0])

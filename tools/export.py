@@ -86,7 +86,7 @@ class TracedHard(Hard):
     """`Hard` that is told which layers can drop, since a traced threshold has no value to ask for."""
 
     def __init__(self, thresholds: Tensor, can_drop: list[bool]):
-        self.thresholds, self.count_last, self.can_drop = thresholds, True, can_drop
+        self.thresholds, self.can_drop = thresholds, can_drop
 
 
 class SingleSequence(nn.Module):

@@ -31,7 +31,7 @@ class AllScores(Dense):
     def __init__(self, pruner: Dense):
         self.pruner = pruner
 
-    def needs_scores(self, l: int, seqs: Sequences, first_only: bool) -> bool:
+    def needs_scores(self, l: int, seqs: Sequences) -> bool:
         return True
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
