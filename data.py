@@ -6,6 +6,7 @@ The functions that use `datasets` and pyarrow import them: `predict` does withou
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from support.errors import InputError
 if TYPE_CHECKING:
     import datasets
 
-CACHE_VERSION = 2  # part of every cache key: raise it when the tokenization or its columns change
+CACHE_VERSION = 3  # part of every cache key: raise it when the tokenization or its columns change
 IGNORED = -100  # the target of a choice that the loss leaves out
 POOL = 16  # batches of an epoch that are sorted by length together
 
@@ -34,7 +35,9 @@ class Examples:
     lengths: np.ndarray  # (N,) int64
     targets: np.ndarray  # what the loss compares with: (N,) classes or scores, (N, 2) spans, (ΣT,) a label a token
     truncated: int = 0  # examples that were cut to the maximum length
+    torn: int = 0  # lines of the file that are no example and were left out
     details: Any = None  # what else the task needs to judge answers
+    question_lengths: np.ndarray | None = None  # (N,) int64, see `model.Batch`; None: there are no questions
     teacher: Tensor | None = None  # (N, C) or (ΣT, C) float32, logits of the model to learn from
 
     def __post_init__(self) -> None:
@@ -60,12 +63,20 @@ class Examples:
         rows, lengths = self.rows(indices), self.lengths[indices]
         positions = rows - np.repeat(self.starts[indices], lengths)
         token_ids, segment_ids = (torch.from_numpy(x[rows]).long() for x in (self.token_ids, self.segment_ids))
-        return Batch(token_ids, segment_ids, torch.from_numpy(positions), torch.from_numpy(lengths))
+        questions = np.zeros_like(lengths) if self.question_lengths is None else self.question_lengths[indices]
+        return Batch(token_ids, segment_ids, *map(torch.from_numpy, (positions, lengths, questions)))
 
     def select(self, indices: np.ndarray) -> Examples:
         """Some of the examples, to run and not to judge."""
         rows = self.rows(indices)
-        return Examples(self.token_ids[rows], self.segment_ids[rows], self.lengths[indices], np.empty(0))
+        questions = None if self.question_lengths is None else self.question_lengths[indices]
+        return Examples(
+            self.token_ids[rows],
+            self.segment_ids[rows],
+            self.lengths[indices],
+            targets=np.empty(0),
+            question_lengths=questions,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,9 +125,10 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 def cached_table(generate: Callable[[], Iterator[dict]], features: dict[str, Any], key: str) -> datasets.Dataset:
     """The records that `generate` yields, as a table. The cache of `datasets` gives it where it has one of this key.
 
-    Raises: InputError and OSError as `generate` does.
+    Raises: InputError as `generate` does, and for a cache that cannot be written, or is damaged.
     """
     import datasets
+    from pyarrow import ArrowException
 
     datasets.disable_progress_bars()
     try:
@@ -124,8 +136,14 @@ def cached_table(generate: Callable[[], Iterator[dict]], features: dict[str, Any
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # the library wraps what its generator raises
-            if isinstance(cause, (InputError, OSError)):
+            if isinstance(cause, InputError):
                 raise cause from None
+            if isinstance(cause, (OSError, ArrowException, json.JSONDecodeError)):
+                raise InputError(
+                    f"{datasets.config.HF_DATASETS_CACHE}: the cache of tokenized data is full or damaged "
+                    f"({str(cause).splitlines()[0]}); make room there, remove generator/default-fingerprint={key}, or "
+                    "name another folder with HF_DATASETS_CACHE"
+                ) from None
             cause = cause.__cause__ or cause.__context__
         raise
 

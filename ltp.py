@@ -6,8 +6,8 @@ what it needs when it runs: --help must answer at once, and torch takes seconds.
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -322,10 +322,13 @@ def predict(text: str | None, **options: Any) -> None:
         raise click.UsageError("pass either TEXT or --input FILE")
     if text is not None and options["output_file"] or text is None and options["pair"] is not None:
         raise click.UsageError("--pair goes with TEXT, and --output with --input")
-    if file and not file.is_file():
+    if file and str(file) == "-":
+        file = Path("/dev/stdin")
+    if file and (not file.exists() or file.is_dir()):
         raise InputError(f"--input {file}: no such file")
     from support.checkpoint import find_model
     from support.console import quiet, screen
+    from support.files import json_line
     from tools.commands import make_record, report_cut, start
     from tools.predict import Predictor, predict_file
 
@@ -348,10 +351,10 @@ def predict(text: str | None, **options: Any) -> None:
         cut = sum(process.gather(predictor.reader.truncated))
     else:
         record = make_record(options["restore"], head, text, options["pair"])
-        answer = json.dumps(predictor.answer([("TEXT", record)])[0], ensure_ascii=False)
+        answer = json_line(predictor.answer([("TEXT", record)])[0], sys.stdout)
         cut = predictor.reader.truncated
     if process.main:
-        click.echo(f"{count:,} lines answered", err=True) if file else click.echo(answer)
+        click.echo(f"{count:,} lines answered", err=True) if file else click.echo(answer, nl=False)
         report_cut(predictor, cut, click.echo)
 
 
@@ -401,10 +404,10 @@ def export(restore: str, output: Path, dense: bool) -> None:
     \b
     python ltp.py export --restore CKPT --output model.onnx
 
-    Inputs are input_ids (1, tokens) and, for models with several segments, token_type_ids. Outputs are logits (1,
-    labels) and kept (layers), the tokens leaving each layer. ONNX Runtime runs the new file on several lengths, and its
-    answers are compared with the model's before the file takes its place. Needs onnx and onnxscript, and onnxruntime to
-    compare.
+    Inputs are input_ids (1, tokens), token_type_ids for models with several segments, and question_length (1) where the
+    question is protected. Outputs are logits (1, labels) and kept (layers), the tokens leaving each layer. ONNX Runtime
+    runs the new file on several lengths, and its answers are compared with the model's before the file takes its
+    place. Needs onnx and onnxscript, and onnxruntime to compare.
     """
     from support.checkpoint import find_model, load_model
     from support.files import write_file

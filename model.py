@@ -134,7 +134,7 @@ class Config:
             if architecture.endswith(ending):
                 values["head"] = head
         id2label = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
-        labels = tuple(id2label[str(i)] for i in range(len(id2label)))
+        labels = tuple(str(id2label[str(i)]) for i in range(len(id2label)))
         config = cls(**values, labels=labels, other=dict(raw))
         if config.head != "span":
             return config
@@ -170,13 +170,16 @@ class Batch(NamedTuple):
     segment_ids: Tensor  # (T,)
     positions: Tensor  # (T,) of each token in its sequence, from 0
     lengths: Tensor  # (B,) at least 1 each
+    question_lengths: Tensor  # (B,) tokens at the start that belong to the question, of heads that answer one; else 0
 
     def to(self, device: Any) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def pack(token_ids: list[list[int]], segment_ids: list[list[int]] | None = None) -> Batch:
-    """Packs B sequences of token ids. Segments are 0 where none are given.
+def pack(
+    token_ids: list[list[int]], segment_ids: list[list[int]] | None = None, question_lengths: list[int] | None = None
+) -> Batch:
+    """Packs B sequences of token ids. Segments and lengths of questions are 0 where none are given.
 
     >>> pack([[0, 7, 2], [0, 2]]).positions
     tensor([0, 1, 2, 0, 1])
@@ -184,7 +187,9 @@ def pack(token_ids: list[list[int]], segment_ids: list[list[int]] | None = None)
     flat = torch.tensor([i for ids in token_ids for i in ids])
     segments = torch.zeros_like(flat) if segment_ids is None else torch.tensor([i for ids in segment_ids for i in ids])
     positions = torch.tensor([position for ids in token_ids for position in range(len(ids))])
-    return Batch(flat, segments, positions, torch.tensor([len(ids) for ids in token_ids]))
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    questions = torch.zeros_like(lengths) if question_lengths is None else torch.tensor(question_lengths)
+    return Batch(flat, segments, positions, lengths, questions)
 
 
 class Sequences:
@@ -663,16 +668,26 @@ class Embeddings(nn.Module):
         self.segment = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.position_offset = config.position_offset
+        self.padding = config.pad_token_id if config.family == "roberta" else None
 
     def forward(self, batch: Batch) -> Tensor:
         """-> (T, D)."""
         # A model with one segment embedding does not tell segments apart.
         segment_ids = batch.segment_ids if self.segment.num_embeddings > 1 else torch.zeros_like(batch.segment_ids)
-        positions = batch.positions + self.position_offset
+        positions = batch.positions if self.padding is None else self.count_positions(batch)
         return self.dropout(
             self.norm(self.word(batch.token_ids) + self.segment(segment_ids) + self.position(positions))
         )
+
+    def count_positions(self, batch: Batch) -> Tensor:
+        """RoBERTa's rows of the position table (T,): from pad + 1 on.
+
+        A text may spell a padding token out. It has the row `pad`, and the tokens after it count on without it.
+        """
+        counted = batch.token_ids != self.padding
+        counts = counted.cumsum(0)
+        first = torch.arange(counts.size(0), device=counts.device) - batch.positions  # of each token's sequence
+        return self.padding + counted * (counts - counts[first] + counted[first])
 
 
 class Step(NamedTuple):
@@ -761,7 +776,7 @@ class Model(nn.Module):
         tokens = torch.arange(seqs.num_tokens, device=batch.token_ids.device)
         protected = torch.zeros_like(tokens, dtype=torch.bool).index_fill(0, seqs.starts, True)
         if self.config.head == "span" and self.config.protect_question:
-            protected = protected | (batch.segment_ids == 0)
+            protected = protected | (batch.positions < batch.question_lengths[seqs.ids])
         return Alive(tokens, protected, torch.ones_like(tokens, dtype=torch.float32))
 
     def score(self, received: Tensor, seqs: Sequences) -> Tensor:

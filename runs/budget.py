@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +35,7 @@ def starting_thresholds(num_layers: int, target: float) -> Tensor:
 def protected_tokens(config: Config, examples: Examples) -> Tensor:
     """How many tokens of each example are never pruned: (N,)."""
     if config.head == "span" and config.protect_question:
-        question = (examples.segment_ids == 0).astype(np.int64)
-        return torch.from_numpy(np.add.reduceat(question, examples.starts))  # no example is empty
+        return torch.from_numpy(examples.question_lengths)
     return torch.ones(len(examples), dtype=torch.long)
 
 

@@ -59,6 +59,11 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...]:
     return labels
 
 
+def describe_torn(count: int) -> str:
+    """Says that `count` lines were left out; "" if none was."""
+    return f"{plural(count, 'torn line')} {'was' if count == 1 else 'were'} left out" if count else ""
+
+
 def describe_cut(task: Task, count: int, max_length: int) -> str:
     """Says that `count` texts were cut; "" if none was. Question answering cuts questions, and windows its contexts."""
     if not count:

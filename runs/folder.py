@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import platform
 import time
@@ -21,7 +22,7 @@ import torch
 from runs.card import is_ours, write_card
 from support.checkpoint import save_model
 from support.errors import InputError
-from support.files import file_digest, write_file, write_text
+from support.files import DISK_FULL_TEXT, file_digest, not_written, write_file, write_text
 from support.process import Process, stop_signals
 from tasks.tokenizer import Tokenizer
 from train import Result, Trainer
@@ -85,7 +86,7 @@ def append(log: Path, record: dict[str, Any]) -> None:
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise InputError(f"{log}: could not be written ({error})") from None
+        raise not_written(log, error) from None
 
 
 def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -122,9 +123,16 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
                 f"{log}: the run was started by another version, with {name} = {value}, which this version does not "
                 "have; pass --overwrite to start again, or choose another --output"
             )
+    places = ("data", "dev_data", "restore", "distill") if first.get("content") else ()  # compared by content
     for name in header:
-        if name != "settings" and header[name] != first.get(name):
+        if name not in ("settings", "content", *places) and header[name] != first.get(name):
             raise other_setting(log, name, logged=first.get(name), current=header[name])
+    for name in places:  # a file may have moved, or be spelled otherwise
+        if header["content"].get(name) != first["content"].get(name):
+            raise InputError(
+                f"{log}: the run was started with other content in --{name} {first[name]}, or the files there have "
+                f"changed; give it the same {'data' if name == 'data' else 'model'}, or pass --overwrite to start again"
+            )
     for name, value in header["settings"].items():
         if value != first.get("settings", {}).get(name):
             raise other_setting(log, name, logged=first.get("settings", {}).get(name), current=value)
@@ -158,8 +166,10 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     def write(path: Path) -> None:
         try:
             torch.save(state, path)
-        except RuntimeError as error:  # torch's writer reports a full disk like this
-            raise OSError(str(error).splitlines()[0]) from None
+        except RuntimeError as error:
+            if "inline_container" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, DISK_FULL_TEXT) from None  # torch's writer tells of its own positions instead
 
     earlier = sorted(folder.glob("step-*.pt"))
     whole = folder / "step.new"

@@ -18,19 +18,10 @@ import torch
 from data import Examples
 from model import Config, Dense, Model, threshold_ladder
 from runs.budget import protected_tokens, rate_for_budget, starting_thresholds
-from runs.checks import check_pruning, check_task, describe_cut, known_labels, length_limit
-from runs.folder import (
-    LOG,
-    RunFolder,
-    check_output,
-    check_same_run,
-    clear_states,
-    find_tensorboard,
-    finished,
-    read_log,
-)
+from runs.checks import check_pruning, check_task, describe_cut, describe_torn, known_labels, length_limit
+from runs.folder import LOG, RunFolder, check_output, check_same_run, clear_states, find_tensorboard, finished, read_log
 from runs.teacher import ask_teacher
-from support.checkpoint import load_config, load_model
+from support.checkpoint import folder_digest, load_config, load_model
 from support.cpu import pack_weights, use_fast_dropout
 from support.errors import InputError
 from support.files import cached_name
@@ -104,6 +95,7 @@ def run_stage(
             max_length=plan.max_length,
             process=process,
             batch_size=request.settings.batch_size,
+            show=show,
         )
     for note in plan.notes:
         show(f"note: {note}")
@@ -141,7 +133,6 @@ def make_plan(request: StageRequest) -> Plan:
     max_length = length_limit(config, restore, length)
     changes |= {"head": task.head} | ({"max_seq_length": length} if length else {})
     tokenizer = Tokenizer(restore)
-    tokenizer.check_fits(config.vocab_size, restore)
     check_settings(request.settings)
     output = request.output
     if output is None:
@@ -212,6 +203,8 @@ def choose_length(request: StageRequest, config: Config, notes: list[str]) -> in
 def log_header(request: StageRequest) -> dict[str, Any]:
     """What the log says about the run besides its settings. A resumed run must say the same."""
     source = request.source
+    folders = {"restore": request.restore, "distill": request.distill}
+    digests = {name: folder_digest(folder) for name, folder in folders.items() if folder}
     header = {
         "stage": request.stage,
         "task": source.task.name,
@@ -219,6 +212,7 @@ def log_header(request: StageRequest) -> dict[str, Any]:
         "dev_data": str(source.dev_path) if source.dev_path else None,
         "restore": str(request.restore),
         "distill": str(request.distill) if request.distill else None,
+        "content": {"data": source.digest()} | digests,
         **asdict(request.options),
     }
     if source.task.name == "custom":
@@ -304,9 +298,9 @@ def meet_target(request: StageRequest, model: Model, train_set: Examples, proces
 def show_counts(task: Task, max_length: int, train_set: Examples, dev_sets: dict[str, Examples], show: Show) -> None:
     """Shows how many examples there are, how long they are, and how many were cut."""
     for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
-        cut = describe_cut(task, examples.truncated, max_length)
-        mean = f"{examples.lengths.mean():.0f} tokens each on average"
-        show(f"{len(examples):,} {name} examples, {mean}{'; ' if cut else ''}{cut}")
+        facts = [f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average"]
+        facts += [describe_cut(task, examples.truncated, max_length), describe_torn(examples.torn)]
+        show("; ".join(fact for fact in facts if fact))
 
 
 def show_missed_target(target: float | None, result: Result, show: Show) -> None:
@@ -346,7 +340,6 @@ def evaluate_checkpoint(
     config = load_config(folder)
     limit = length_limit(config, folder, options.max_length)
     tokenizer = Tokenizer(folder)
-    tokenizer.check_fits(config.vocab_size, folder)
     labels = check_task(folder, config, source.task)
     model, has_thresholds, notes = load_model(folder, labels or config.labels)
     if config.prune_mode == "absolute_threshold" and not has_thresholds:
@@ -356,8 +349,9 @@ def evaluate_checkpoint(
     for note in notes:
         show(f"note: {note}")
     cut = describe_cut(source.task, sum(examples.truncated for examples in sets.values()), limit)
-    if cut:
-        show(cut)
+    for fact in (cut, describe_torn(sum(examples.torn for examples in sets.values()))):
+        if fact:
+            show(fact)
     model, pruner = pack_weights(model.to(process.device)), Dense() if options.dense else None
     evaluation, logits = evaluate(
         model,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,11 +34,12 @@ def ask_teacher(
     max_length: int,
     process: Process,
     batch_size: int,
+    show: Callable[[str], Any] = lambda line: None,
 ) -> Tensor:
     """The teacher's logits of the training examples, for `Examples.teacher`: (N, C), or (ΣT, C) with an answer a token.
 
     The teacher reads the texts with its own tokenizer. The cache of `datasets` keeps the logits: a later
-    stage with the same teacher, tokens and conditions reads them there.
+    stage with the same teacher, tokens and conditions reads them there. show: called with what the user should know.
     Raises: InputError, also for a teacher that answers for each token and whose tokens are not the student's.
     """
     import datasets
@@ -44,11 +48,16 @@ def ask_teacher(
     check_teacher(folder, config, source, labels=labels, tokenizer=tokenizer, student=student)
     limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
     examples = source.load("train", tokenizer, limit, labels=labels)[0][""]
-    teacher = load_model(folder, labels or config.labels).model
+    teacher, _, notes = load_model(folder, labels or config.labels)
+    for note in notes:
+        show(f"note: --distill {folder}: {note}")
     key = cache_key(teacher, examples, process, batch_size=batch_size)
     path = Path(datasets.config.HF_DATASETS_CACHE, f"answers-{key}.safetensors")
     if all(process.gather(path.is_file())):
-        return load_file(path)["logits"]
+        try:
+            return load_file(path)["logits"]
+        except (SafetensorError, KeyError) as error:
+            raise InputError(f"{path}: the teacher's answers in the cache are damaged ({error}); remove it") from None
     teacher = pack_weights(teacher.to(process.device))
     rows = predict_logits(teacher, examples, process, batch_size=batch_size, pruner=Dense())[0]
     logits = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))
@@ -66,7 +75,6 @@ def check_teacher(
     student: Tokenizer,
 ) -> None:
     """Raises InputError for a teacher of another task, of other labels, or with other tokens where they must agree."""
-    tokenizer.check_fits(config.vocab_size, folder)
     check_task(folder, config, source.task)
     if source.task.head != "sequence" and tokenizer.identity != student.identity:
         raise InputError(f"--distill {folder}: has another tokenizer, so that its answers are not for the same tokens")

@@ -5,6 +5,7 @@ Top to bottom: the checks of a config.json, finding a folder, reading weights, `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -30,7 +31,7 @@ from model import (
     threshold_ladder,
 )
 from support.errors import InputError, plural
-from support.files import write_file, write_text
+from support.files import file_digest, write_file, write_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -96,6 +97,9 @@ def check_architecture(raw: dict, where: str) -> None:
         raise bad_value(raw, where, "quant_mode", remedy)
     if raw.get("problem_type") == "multi_label_classification":
         raise bad_value(raw, where, "problem_type", "not supported, one label per example is")
+    outputs = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
+    if raw.get("problem_type") == "regression" and outputs != 1:
+        raise bad_value(raw, where, "problem_type", f"not supported with {outputs} outputs, one score per example is")
     if raw.get("pruned_heads"):
         raise bad_value(raw, where, "pruned_heads", "not supported, only models with all their heads are")
 
@@ -147,9 +151,11 @@ def check_labels(raw: dict, where: str) -> None:
         if type(count) is not int or not 1 <= count <= 10**6:
             raise bad_value(raw, where, "num_labels", "expected a whole number of at least 1")
         return
-    valid = isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())
-    if not valid or set(names) != {str(i) for i in range(len(names))} or len(set(names.values())) < len(names):
-        raise bad_value(raw, where, "id2label", 'expected different names for the ids from "0" on without a gap')
+    valid = isinstance(names, dict) and names and all(type(name) in (str, int) for name in names.values())
+    if not valid or set(names) != {str(i) for i in range(len(names))}:
+        raise bad_value(raw, where, "id2label", 'expected a name, or a number, for each id from "0" on without a gap')
+    if len({str(name) for name in names.values()}) < len(names):
+        raise bad_value(raw, where, "id2label", "two classes have one name; rename one")
 
 
 def load_config(folder: str | Path) -> Config:
@@ -168,6 +174,15 @@ def load_config(folder: str | Path) -> Config:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders and their weights
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of a model's configuration and weights: the content of the files, not their names."""
+    path = weights_file(folder)
+    files = [folder / "config.json", *([path] if path.suffix != ".json" else shard_files(path))]
+    return hashlib.sha256(" ".join(file_digest(file) for file in files if file.is_file()).encode()).hexdigest()[:16]
 
 
 def find_model(name: str, option: str = "--restore") -> Path:
@@ -201,18 +216,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises: InputError for a missing or damaged file. Pickles are read with weights_only=True: they cannot run code.
     """
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise InputError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin")
-    shards = [path]
-    if path.suffix == ".json":
-        try:
-            shards = sorted({folder / shard for shard in json.loads(path.read_text("utf-8"))["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: not a shard index ({type(error).__name__}: {error})") from None
+    path = weights_file(folder)
     tensors = {}
-    for shard in shards:
+    for shard in [path] if path.suffix != ".json" else shard_files(path):
         try:
             tensors |= read_safetensors(shard) if ".safetensors" in path.name else read_pickle(shard)
         except FileNotFoundError:
@@ -223,6 +229,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
         raise InputError(f"{path}: holds more than named tensors; expected a state dict")
     return tensors
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of a folder's weights, or the index of its shards. Raises: InputError if there is none."""
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin")
+    return path
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files that an index of shards names. Raises: InputError for a damaged index."""
+    try:
+        return sorted({index.parent / shard for shard in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: not a shard index ({type(error).__name__}: {error})") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -237,11 +259,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 def usual_name(name: str, family: str) -> str:
     """A tensor's name as today's `transformers` spells it.
 
+    >>> usual_name("module.bert.pooler.dense.bias", "bert")  # saved from a wrapped model
+    'bert.pooler.dense.bias'
     >>> usual_name("ltp.embeddings.LayerNorm.gamma", "roberta"), usual_name("encoder.layer.0.output.dense.bias", "bert")
     ('roberta.embeddings.LayerNorm.weight', 'bert.encoder.layer.0.output.dense.bias')
     """
     if name == THRESHOLDS:
         return name
+    name = re.sub(r"^((module|_orig_mod)\.)+", "", name)  # DistributedDataParallel, torch.compile
     # Conversions from TensorFlow call a norm's weight gamma and its bias beta.
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
@@ -309,7 +334,11 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     folder = Path(folder)
     saved = load_config(folder)
     config = replace(saved, **changes)
-    tensors = {usual_name(name, config.family): tensor for name, tensor in read_tensors(folder).items()}
+    tensors = {}
+    for name, tensor in read_tensors(folder).items():
+        if (usual := usual_name(name, config.family)) in tensors:
+            raise InputError(f"{folder}: the weights hold {usual} twice, once as {name}")
+        tensors[usual] = tensor
     labels = config.labels if labels is None else tuple(labels)
     outputs = len(config.labels) if config.head == saved.head and output_name(config) in tensors else None
     if outputs == len(labels):
@@ -352,7 +381,7 @@ def output_name(config: Config) -> str:
 def match_labels(tensors: dict[str, Tensor], config: Config, labels: tuple[str, ...]) -> str | None:
     """Puts the rows of the folder's head in the order of `labels`; names may differ in case.
 
-    If the names are others, the rows stay, and a note is returned unless the folder's are placeholders.
+    If the names are others, the rows stay, and a note is returned.
     """
     order = {name: i for i, name in enumerate(config.labels)}
     names = list(labels)
@@ -365,8 +394,11 @@ def match_labels(tensors: dict[str, Tensor], config: Config, labels: tuple[str, 
             if name in tensors and tensors[name].shape[:1] == (len(labels),):
                 tensors[name] = tensors[name][[order[label] for label in names]]
         return None
-    if len(labels) == 1 or config.labels[0].startswith("LABEL_"):
+    if len(labels) == 1:
         return None
+    if config.labels[0].startswith("LABEL_"):
+        pairs = ", ".join(f"{theirs} for {ours}" for theirs, ours in zip(config.labels, labels))
+        return f"the {head_title(config)} does not name its classes; taken are {pairs}"
     return f"the {head_title(config)} for {', '.join(config.labels)} now stands for {', '.join(labels)}"
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from support.errors import InputError
+
+# No space left, none of the user's quota, or more than a file may have.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_TEXT = os.strerror(errno.ENOSPC)  # in messages of libraries
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,7 +39,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
-        raise InputError(f"{path}: could not be written ({error})") from None
+        raise not_written(path, error) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -44,9 +51,16 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())  # the rename must not reach the disk before the content
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:  # a full disk, most of the time
-        raise InputError(f"{path}: could not be written ({error}); the file that was there is untouched") from None
+        raise not_written(path, error, "; the file that was there is untouched") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: Exception, more: str = "") -> InputError:
+    """The error for a file that could not be written."""
+    full = isinstance(error, OSError) and error.errno in DISK_FULL or DISK_FULL_TEXT in str(error)
+    remedy = "; free some space there" if full else ""
+    return InputError(f"{path}: could not be written ({error}){more}{remedy}")
 
 
 def _refuse_own_output(path: Path) -> None:
@@ -57,6 +71,17 @@ def _refuse_own_output(path: Path) -> None:
                 raise InputError(f"{path}: is the file that this program's output goes to; choose another file")
 
 
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Opens a file, or a pipe, of UTF-8 text, with or without a byte-order mark, plain or packed with gzip.
+
+    Raises: OSError.
+    """
+    file = open(path, "rb")
+    packed = file.peek(2)[:2] == b"\x1f\x8b"
+    content = gzip.GzipFile(fileobj=file) if packed else file
+    return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text with `write_file`."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -65,6 +90,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """Writes a value as indented JSON with `write_file`. `options` go to json.dumps."""
     write_text(path, json.dumps(value, **{"indent": 2} | options) + "\n")
+
+
+def json_line(value: Any, stream: TextIO) -> str:
+    """A value as a line of JSON that stays valid in the stream's encoding: where it is not UTF-8, all is escaped."""
+    line = json.dumps(value, ensure_ascii=False)
+    unicode = (stream.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    return (line if unicode and is_utf8(line) else json.dumps(value)) + "\n"
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a string. JSON can spell others, with half a surrogate pair."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def file_digest(path: Path) -> str:

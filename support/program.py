@@ -15,11 +15,16 @@ from support.errors import InputError, Interrupted
 LOST_PROCESS = re.compile(
     "connection (closed|reset) by peer|connection refused|remote process exited|communicator was aborted", re.IGNORECASE
 )
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, or none of the user's quota
 
 
 class Program(click.Group):
     """A group that lists its commands in the order of their definition, and reports errors."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # what a terminal's encoding cannot say is escaped
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -30,7 +35,7 @@ class Program(click.Group):
         except InputError as error:
             raise refusal(error) from None
         except OSError as error:
-            if error.filename is None and error.errno not in DISK_FULL:  # not about a file
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # not about a file
                 raise
             raise refusal(error) from None
         except RuntimeError as error:

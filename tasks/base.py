@@ -6,6 +6,7 @@ There is a subclass of `Task` for each kind of head.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from data import Examples
-from model import Config
+from model import Batch, Config, pack
 from support.errors import InputError
+from support.files import file_digest
 from support.settings import MAX_SEQ_LENGTH
-from tasks.readers import SUFFIXES
-from tasks.tokenizer import Tokenizer
+from tasks.readers import SUFFIXES, file_kind
+from tasks.tokenizer import Encoded, Tokenizer
 
 Metrics = dict[str, float]
 Record = tuple[str, Any]  # where a record stands, for messages, and the record
@@ -30,9 +32,18 @@ Record = tuple[str, Any]  # where a record stands, for messages, and the record
 class Prepared(NamedTuple):
     """Records made ready to run."""
 
-    encoded: list[tuple[list[int], list[int]]]  # token ids and segment ids of each sequence
+    encoded: list[Encoded]  # the sequences to run
     # Turns the logits ((C,) or (n, C)) and the tokens kept by layer of each sequence into one answer per record.
     finish: Callable[[list[tuple[Tensor, list[int]]]], list[dict[str, Any]]]
+
+
+def pack_encoded(encoded: list[Encoded]) -> Batch:
+    """Packs sequences that are ready to run, on the CPU."""
+    return pack(
+        [sequence.token_ids for sequence in encoded],
+        [sequence.segment_ids for sequence in encoded],
+        [sequence.question_length for sequence in encoded],
+    )
 
 
 @dataclass
@@ -48,9 +59,7 @@ class Reader:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Opened at the first text, since records of token ids need no tokenizer. Raises: InputError."""
-        tokenizer = Tokenizer(self.folder)
-        tokenizer.check_fits(self.config.vocab_size, self.folder)
-        return tokenizer
+        return Tokenizer(self.folder)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Task(ABC):
 
     def columns(self, path: Path) -> tuple[Any, Any, Any]:
         """The text, pair and label columns of a file."""
-        return self.tsv if self.tsv and path.suffix.lower() == ".tsv" else (self.text, self.pair, self.label)
+        return self.tsv if self.tsv and file_kind(path) == ".tsv" else (self.text, self.pair, self.label)
 
     def file_names(self, name: str) -> list[str]:
         """Names, without ending, that a file of this set may have. name: "train", or the name of a set in `dev`."""
@@ -175,10 +184,18 @@ class Source:
         parts = {}
         for suffix, name, _ in names:
             path = self._file(split, name)
-            stat = path.stat() if path.exists() else None
-            identity = f"{path.resolve()} {self.task.columns(path)} {stat and (stat.st_size, stat.st_mtime_ns)}"
+            # The file's kind says how it is read.
+            digest = file_digest(path) if path.is_file() else None
+            identity = f"{file_kind(path)} {self.task.columns(path)} {digest}"
             parts[suffix] = Part(str(path), identity, self.task.read(path))
         return parts
+
+    def digest(self) -> str | None:
+        """A digest of what training reads: the content of its files, not their names. None: the hub."""
+        if self.path is None:
+            return None
+        parts = [part.identity for split in ("train", "dev") for part in self.rows(split).values()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def files(self) -> list[Path]:
         """The local files that would be read, of those that are there."""
@@ -202,7 +219,7 @@ class Source:
         inner = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name.replace("-", "").lower() == plain]
         for folder in (path, *inner):
             for candidate in self.task.file_names(name):
-                for suffix in self.task.suffixes:
+                for suffix in (*self.task.suffixes, *(f"{suffix}.gz" for suffix in self.task.suffixes)):
                     if (folder / f"{candidate}{suffix}").is_file():
                         return folder / f"{candidate}{suffix}"
         raise InputError(f"{option} {path}: holds no {self.task.file_names(name)[0]}{self.task.expected}")

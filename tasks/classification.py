@@ -16,7 +16,7 @@ from data import CACHE_VERSION, Examples, cached_table, chunked, read_columns
 from support.errors import InputError
 from tasks.base import Prepared, Reader, Record, Source, Task
 from tasks.readers import Row, is_number, is_text, label_order, read_rows
-from tasks.tokenizer import Tokenizer, check_room
+from tasks.tokenizer import Encoded, Tokenizer, check_room
 
 if TYPE_CHECKING:
     import datasets
@@ -59,7 +59,7 @@ class Classification(Task):
     head: ClassVar[str] = "sequence"
 
     def read(self, path: Path) -> Iterator[Row]:
-        return read_rows(path, self.columns(path))
+        return read_rows(path, self.columns(path), torn=self.name != "custom")  # GLUE's own files have torn lines
 
     def read_hub(self, split: str) -> Iterator[Row]:
         import datasets
@@ -88,6 +88,8 @@ class Classification(Task):
             key = f"texts {CACHE_VERSION} {identity} {max_length} {tokenizer.identity}"
             tables[suffix] = _tokenize(rows, tokenizer, max_length, hashlib.sha256(key.encode()).hexdigest()[:32])
             locations[suffix] = location
+        torn = {suffix: table.data.column("label").null_count for suffix, table in tables.items()}
+        tables = {suffix: _whole_lines(table) for suffix, table in tables.items()}
         labels = self.labels if labels is None else labels
         if labels is None:
             names = {label for table in tables.values() for label in table.unique("label")}
@@ -101,6 +103,7 @@ class Classification(Task):
                 table,
                 targets=_targets(table, labels, locations[suffix]),
                 truncated=int(table.data.column("truncated").to_numpy().sum()),
+                torn=torn[suffix],
             )
             for suffix, table in tables.items()
         }
@@ -121,10 +124,10 @@ class Classification(Task):
 
         def finish(outputs: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
             answers = []
-            for (token_ids, _), (logits, kept) in zip(encoded, outputs):
+            for sequence, (logits, kept) in zip(encoded, outputs):
                 values = logits.tolist()
                 label = values[0] if len(labels) == 1 else labels[max(range(len(values)), key=values.__getitem__)]
-                answers.append({"label": label, "logits": values, "tokens": len(token_ids), "kept": kept})
+                answers.append({"label": label, "logits": values, "tokens": len(sequence.token_ids), "kept": kept})
             return answers
 
         return Prepared(encoded, finish)
@@ -145,9 +148,23 @@ def _tokenize(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, key: s
         for chunk in chunked(rows, 1024):
             pairs = [row.pair for row in chunk] if chunk[0].pair is not None else None
             for row, encoded in zip(chunk, tokenizer.encode([row.text for row in chunk], pairs, max_length)):
-                yield encoded._asdict() | {"label": row.label, "line": row.line}
+                yield {
+                    "token_ids": encoded.token_ids,
+                    "segment_ids": encoded.segment_ids,
+                    "truncated": encoded.truncated,
+                    "label": row.label,
+                    "line": row.line,
+                }
 
     return cached_table(generate, features, key)
+
+
+def _whole_lines(table: datasets.Dataset) -> datasets.Dataset:
+    """The table without the rows of torn lines, which have no label."""
+    import datasets
+
+    column = table.data.column("label")
+    return datasets.Dataset(table.data.filter(column.is_valid())) if column.null_count else table
 
 
 def _targets(table: datasets.Dataset, labels: tuple[str, ...], location: str) -> np.ndarray:
@@ -168,8 +185,8 @@ def _targets(table: datasets.Dataset, labels: tuple[str, ...], location: str) ->
     return targets
 
 
-def _encode_records(records: list[Record], reader: Reader) -> list[tuple[list[int], list[int]]]:
-    """Token and segment ids of each record. Raises: InputError."""
+def _encode_records(records: list[Record], reader: Reader) -> list[Encoded]:
+    """Each record as a sequence. Raises: InputError."""
     encoded: list[Any] = [None] * len(records)
     texts: dict[bool, list[int]] = {False: [], True: []}  # indices of single texts and of pairs
     for i, (location, record) in enumerate(records):
@@ -179,7 +196,7 @@ def _encode_records(records: list[Record], reader: Reader) -> list[tuple[list[in
             token_ids = _checked_ids(location, record["token_ids"], reader.config.vocab_size)
             reader.truncated += len(token_ids) > reader.max_length
             token_ids = token_ids[: reader.max_length]
-            encoded[i] = (token_ids, [0] * len(token_ids))
+            encoded[i] = Encoded(token_ids, [0] * len(token_ids))
         elif not all(is_text(record.get(key, "")) for key in ("text", "text_pair")):
             raise InputError(f"{location}: text and text_pair must be strings of valid characters")
         else:
@@ -191,7 +208,7 @@ def _encode_records(records: list[Record], reader: Reader) -> list[tuple[list[in
         first = [records[i][1]["text"] for i in indices]
         second = [records[i][1]["text_pair"] for i in indices] if pair else None
         for i, result in zip(indices, reader.tokenizer.encode(first, second, reader.max_length)):
-            encoded[i] = (result.token_ids, result.segment_ids)
+            encoded[i] = result
             reader.truncated += result.truncated
     return encoded
 

@@ -9,15 +9,19 @@ import csv
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.errors import InputError
+from support.files import is_utf8, open_text
 
 Records = Iterator[tuple[int, dict]]  # (line, record)
 
+TORN = object()  # the key of a record that has too few columns: what is wrong with it
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 CONLL_SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2")
 
@@ -28,38 +32,50 @@ class Row(NamedTuple):
     line: int
     text: str
     pair: str | None
-    label: str
+    label: str | None  # None: a torn line, see `read_rows`
 
 
-def read_rows(path: Path, columns: Sequence[Any]) -> Iterator[Row]:
+def read_rows(path: Path, columns: Sequence[Any], torn: bool = False) -> Iterator[Row]:
     """Yields text, pair and label of each row of a TSV, CSV, JSONL or Parquet file.
 
     columns: names of the text, pair and label columns (pair may be None), or, for a TSV without header, numbers from 0.
-    Raises: InputError naming file and line for a file that is missing, empty, damaged, not UTF-8 or without a column.
+    torn: a TSV line with too few columns becomes a row without a label. GLUE's own files have some: a line break in a
+        text tears a record in two.
+    Raises: InputError naming file and line for a file that is missing, empty, damaged, not UTF-8 or without a column,
+    and for a value that is no text, or no label.
     """
     check_file(path, SUFFIXES)
-    reader = {".tsv": read_tsv, ".csv": read_csv, ".parquet": read_parquet}.get(path.suffix.lower(), read_jsonl)
+    kind = file_kind(path)
+    reader = {".tsv": read_tsv, ".csv": read_csv, ".parquet": read_parquet}.get(kind, read_jsonl)
     required = [name for name in columns if name is not None]
     empty = True
     for line, record in read_records(path, reader, required):
+        if record.get(TORN):
+            if not torn:
+                raise InputError(f"{path}, line {line}: {record[TORN]}")
+            yield Row(line, "", None if columns[1] is None else "", None)
+            continue
         empty = False
-        cells = [None if name is None else record.get(name) for name in columns]
-        cells[2] = None if cells[2] is None or not str(cells[2]).strip() else str(cells[2]).strip()
-        for name, cell in zip(columns, cells):
-            if cell is None and name in required:
-                raise InputError(f"{path}, line {line}: no value in the column {name!r}")
-        if not all(is_text(cell) for name, cell in zip(columns[:2], cells) if name is not None):
-            raise InputError(f"{path}, line {line}: the text is not a string of valid characters")
-        yield Row(line, *cells)
+        where = f"{path}, line {line}"
+        texts = [None if name is None else read_text(record.get(name), name, where) for name in columns[:2]]
+        yield Row(line, *texts, read_label(record.get(columns[2]), columns[2], where))
     if empty:
         raise InputError(f"{path}: holds no examples")
+
+
+def file_kind(path: Path) -> str:
+    """The ending of a file's name that tells its kind, in lower case: ".jsonl" of texts.JSONL.gz."""
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
 
 
 def check_file(path: Path, suffixes: Sequence[str] = ()) -> None:
     """Raises InputError if there is no such file, or if its name has none of these endings."""
     if not path.is_file():
+        if path.exists() and not path.is_dir():  # a pipe
+            raise InputError(f"{path}: is no regular file; it is read more than once, so save it first")
         raise InputError(f"{path}: no such file")
-    if suffixes and path.suffix.lower() not in suffixes:
+    if suffixes and file_kind(path) not in suffixes:
         raise InputError(f"{path}: unknown kind of file; expected {', '.join(suffixes)}")
 
 
@@ -71,7 +87,7 @@ def read_records(path: Path, reader: Callable[[Path, Sequence[Any]], Records], c
             yield line, record
     except UnicodeDecodeError as error:
         raise InputError(f"{_after(path, line)}: not UTF-8 ({error.reason}); convert the file first") from None
-    except (OSError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:  # of the file, gzip, CSV
         raise InputError(f"{_after(path, line)}: not readable ({error})") from None
 
 
@@ -89,7 +105,7 @@ def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
     Columns that are numbers say that the file has no header line.
     """
     header: list[Any] | None = None
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             cells = line.rstrip("\r\n").split("\t")
             if header is None:
@@ -101,14 +117,15 @@ def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
                     continue
             if cells == [""]:
                 continue
-            if len(cells) != len(header):
+            if len(cells) > len(header):
                 raise InputError(f"{path}, line {number}: {len(cells)} columns, expected {len(header)}")
-            yield number, dict(zip(header, cells))
+            torn = {TORN: f"{len(cells)} columns, expected {len(header)}"} if len(cells) < len(header) else {}
+            yield number, dict(zip(header, cells)) | torn
 
 
 def read_csv(path: Path, columns: Sequence[Any]) -> Records:
     """CSV with a header line."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open_text(path, newline="") as file:
         csv.field_size_limit(2**31 - 1)
         reader = csv.reader(file, strict=True)
         header = next(reader, [])
@@ -126,7 +143,7 @@ def read_csv(path: Path, columns: Sequence[Any]) -> Records:
 
 def read_jsonl(path: Path, columns: Sequence[Any] = ()) -> Records:
     """One JSON object a line. Blank lines are skipped."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -176,7 +193,7 @@ def read_conll(path: Path, columns: Sequence[Any] = ()) -> Records:
     """
     rows: list[list[str]] = []  # the cells of the sentence's lines
     count, first_line = 0, 0  # how many columns the file has, and the line that shows it
-    with open(path, encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         for number, line in enumerate(chain(file, [""]), 1):  # the blank line at the end closes the last sentence
             line = line.rstrip(" \t\n")
             if line.startswith("# ") and " = " in line:
@@ -203,6 +220,8 @@ def read_conll(path: Path, columns: Sequence[Any] = ()) -> Records:
 
 def _check_columns(path: Path, columns: Sequence[Any], present: list[str], line: int = 1) -> None:
     for name in columns:
+        if present.count(name) > 1:
+            raise InputError(f"{path}, line {line}: {present.count(name)} columns are called {name!r}; rename one")
         if name not in present:
             names = ", ".join(map(repr, present[:20])) or "none"
             raise InputError(
@@ -215,12 +234,39 @@ def _check_columns(path: Path, columns: Sequence[Any], present: list[str], line:
 # Values
 
 
+def read_text(value: Any, name: Any, where: str) -> str:
+    """The text of a cell. Raises: InputError for a missing one, or another kind of value."""
+    if is_missing(value):
+        raise InputError(f"{where}: no value in the column {name!r}")
+    if not is_text(value):
+        raise InputError(f"{where}: the text in the column {name!r} is not a string of valid characters")
+    return value
+
+
+def read_label(value: Any, name: Any, where: str) -> str:
+    """The label of a cell, a text or a number, without blanks around it.
+
+    Raises: InputError for a missing one, several, or another kind of value.
+    """
+    if is_missing(value) or isinstance(value, str) and not value.strip():
+        raise InputError(f"{where}: no value in the column {name!r}")
+    if isinstance(value, (list, tuple, dict)):
+        raise InputError(
+            f"{where}: the column {name!r} holds {json.dumps(value, default=str)[:80]}; expected one label an example"
+        )
+    if not (isinstance(value, (bool, int, float, Decimal)) or is_text(value)) or value in (math.inf, -math.inf):
+        raise InputError(f"{where}: {str(value)[:80]!r} in the column {name!r} is neither a text nor a number")
+    return str(value).strip()
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: null, or the number NaN, which stands for null in columns of numbers."""
+    return value is None or isinstance(value, (float, Decimal)) and math.isnan(value)
+
+
 def is_text(value: Any) -> bool:
-    """Whether a value is a string that UTF-8 can hold. JSON can spell others."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    """Whether a value is a string of valid characters."""
+    return isinstance(value, str) and is_utf8(value)
 
 
 def is_number(text: str) -> bool:

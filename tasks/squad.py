@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,12 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import CACHE_VERSION, Examples, cached_table, list_buffer
 from support.errors import InputError
+from support.files import open_text
 from support.settings import QUESTION_LENGTH
 from tasks.answers import Candidates, best_thresholds, choose_text, find_answers, squad_metrics
 from tasks.base import Metrics, Prepared, Reader, Record, Source, Task
-from tasks.readers import check_file, is_text, read_jsonl, read_parquet, read_records
-from tasks.tokenizer import Tokenizer
-from tasks.windows import Question, Window, make_windows
+from tasks.readers import check_file, file_kind, is_text, read_jsonl, read_parquet, read_records
+from tasks.tokenizer import Encoded, Tokenizer
+from tasks.windows import NOWHERE, Question, Window, make_windows
 
 if TYPE_CHECKING:
     import datasets
@@ -36,15 +39,14 @@ if TYPE_CHECKING:
 def read_squad(path: Path) -> Iterator[Question]:
     """Yields the questions of a file: SQuAD's own .json (1.1 or 2.0), or .jsonl or .parquet with one question a row.
 
-    Rows have the hub's columns: id, question, context, answers {"text": [...], "answer_start": [...]}. Answers may be
-    missing, unless is_impossible is false. A question has an answer where its list of answers is not empty; plausible
-    answers are ignored.
+    Rows have the hub's columns: id, question, context, answers {"text": [...], "answer_start": [...]}. An id may be a
+    number. Answers may be missing. A question has an answer where its list of answers is not empty; plausible answers
+    are ignored. What keeps a question from being learned, such as a wrong answer_start, is in its `problem`.
     Raises: InputError naming file and location for a file that is missing, empty, damaged, not UTF-8 or of another
-    layout, a question or context without text, an id that occurs twice, an answer that is missing or does not stand at
-    answer_start.
+    layout, a question or context without text, an id that occurs twice.
     """
     check_file(path, (".json", ".jsonl", ".parquet"))
-    reader = _read_articles if path.suffix.lower() == ".json" else _read_table
+    reader = _read_articles if file_kind(path) == ".json" else _read_table
     ids = set()
     for location, record in reader(path):
         question = _question(location, record)
@@ -74,10 +76,11 @@ def hub_squad(name: str, split: str) -> Iterator[Question]:
 def _read_articles(path: Path) -> Iterator[tuple[str, dict]]:
     """(location, question with its context) of SQuAD's own layout: articles of paragraphs of questions."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        with open_text(path) as file:
+            content = json.load(file)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason}); convert the file first") from None
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not readable ({error})") from None
     except (ValueError, RecursionError) as error:
         hint = "; a file with one question a line is named .jsonl" * str(error).startswith("Extra data")
@@ -90,49 +93,62 @@ def _read_articles(path: Path) -> Iterator[tuple[str, dict]]:
 
 def _read_table(path: Path) -> Iterator[tuple[str, dict]]:
     """(location, record) of a file with a question a row."""
-    reader = read_jsonl if path.suffix.lower() == ".jsonl" else read_parquet
+    reader = read_jsonl if file_kind(path) == ".jsonl" else read_parquet
     for line, record in read_records(path, reader):
         yield f"{path}, line {line}", record
 
 
 def _question(location: str, record: dict) -> Question:
     """The question of a record in either layout, checked."""
-    name, question, context = (_get(location, record, key, str) for key in ("id", "question", "context"))
+    if isinstance(record, dict) and type(record.get("id")) is int:
+        record = record | {"id": str(record["id"])}
+    name = _get(location, record, "id", str)
     location = f"{location} ({name})"
-    if not question.strip() or not context.strip():
-        raise InputError(f"{location}: the {'context' if question.strip() else 'question'} is empty")
+    question, context = _texts(location, record)
     answers = [] if record.get("answers") is None else record["answers"]
     if isinstance(answers, dict):  # the hub's layout: one list a column
-        texts, starts = _get(location, answers, "text", list), _get(location, answers, "answer_start", list)
-        if len(texts) != len(starts):
-            raise InputError(f"{location}: {len(texts)} answers with {len(starts)} answer_start; expected one for each")
-        answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts)]
-    checked = tuple(
-        _answer(answer_location, answer, context)
-        for answer_location, answer in _each(location, {"answers": answers}, "answers", "answer")
-    )
+        texts = _get(location, answers, "text", list)
+        starts = answers.get("answer_start") if isinstance(answers.get("answer_start"), list) else []
+        answers = [{"text": text, "answer_start": start} for text, start in zip_longest(texts, starts[: len(texts)])]
+    checked, problem = [], ""
+    for answer_location, answer in _each(location, {"answers": answers}, "answers", "answer"):
+        text, start = _get(answer_location, answer, "text", str).strip(), answer.get("answer_start")
+        found = _find(text, start, context)
+        if found is None:
+            problem = problem or f"{answer_location}: {_misplaced(text, start, context)}"
+        checked.append((text, NOWHERE if found is None else found))
     if not checked and record.get("is_impossible") is False:
-        raise InputError(
-            f"{location}: 'answers' is missing or empty, though is_impossible is false; correct one of them"
-        )
-    return Question(name, question.strip(), context, checked)
+        problem = f"{location}: 'answers' is missing or empty, though is_impossible is false; correct one of them"
+    return Question(name, question, context, tuple(checked), problem)
 
 
-def _answer(location: str, answer: dict, context: str) -> tuple[str, int]:
-    """An answer's text and first character, without the blanks around it.
+def _texts(location: str, record: Any) -> tuple[str, str]:
+    """The question, without blanks around it, and the context. Raises: InputError where one is missing or empty."""
+    question, context = (_get(location, record, key, str) for key in ("question", "context"))
+    if not question.strip() or not context.strip():
+        raise InputError(f"{location}: the {'context' if question.strip() else 'question'} is empty")
+    return question.strip(), context
+
+
+def _find(text: str, start: Any, context: str) -> int | None:
+    """The first character of an answer's text in the context; None where it does not stand at `start`.
 
     Annotators differ in whether answer_start counts the blanks before an answer.
     """
-    text, answer_start = _get(location, answer, "text", str).strip(), _get(location, answer, "answer_start", int)
-    start = answer_start
+    if type(start) is not int:
+        return None
     while 0 <= start < len(context) and context[start].isspace():
         start += 1
-    if not text or start < 0 or not context.startswith(text, start):
-        raise InputError(
-            f"{location}: {text!r} does not stand at character {answer_start} of the context but "
-            f"{context[max(answer_start, 0) :][: len(text) + 10]!r}; correct answer_start, or leave the answer out"
-        )
-    return text, start
+    return start if text and start >= 0 and context.startswith(text, start) else None
+
+
+def _misplaced(text: str, start: Any, context: str) -> str:
+    if type(start) is not int:
+        return "'answer_start' is missing or not a whole number"
+    return (
+        f"{text!r} does not stand at character {start} of the context but "
+        f"{context[max(start, 0) :][: len(text) + 10]!r}; correct answer_start, or leave the answer out"
+    )
 
 
 def _each(location: str, record: Any, key: str, name: str) -> Iterator[tuple[str, dict]]:
@@ -215,6 +231,8 @@ class QuestionAnswering(Task):
         """
         ((location, identity, rows),) = source.rows(split).values()
         questions = list(rows)
+        if split == "train" and (problem := next((q.problem for q in questions if q.problem), "")):
+            raise InputError(problem)
         if self.name == "SQuAD":
             questions = [question for question in questions if question.answers]
         if not any(question.answers for question in questions):
@@ -224,7 +242,11 @@ class QuestionAnswering(Task):
         spans = np.stack([table.data.column(name).to_numpy().astype(np.int64) for name in ("start", "end")], 1)
         truncated = table.data.column("question").filter(table.data.column("truncated"))
         examples = Examples.from_table(
-            table, targets=spans, truncated=len(truncated.unique()), details=Windows(questions, table)
+            table,
+            targets=spans,
+            truncated=len(truncated.unique()),
+            details=Windows(questions, table),
+            question_lengths=table.data.column("question_length").to_numpy().astype(np.int64),
         )
         return {"": examples}, self.labels
 
@@ -259,17 +281,17 @@ class QuestionAnswering(Task):
         "kept"}, without a span where the answer is "". Tokens and kept are summed over the windows."""
         questions = []
         for i, (location, record) in enumerate(records):
-            texts = [record.get(key) for key in ("question", "context")] if isinstance(record, dict) else [None]
-            if not all(is_text(text) and text.strip() for text in texts):
+            if not isinstance(record, dict):
                 raise InputError(f'{location}: expected an object with "question" and "context"')
-            questions.append(Question(str(i), texts[0].strip(), texts[1], ()))
+            questions.append(Question(str(i), *_texts(location, record), ()))
         windows = make_windows(reader.tokenizer, questions, reader.max_length)
         reader.truncated += len({window.question for window in windows if window.truncated})
 
         def finish(outputs: list[tuple[Tensor, list[int]]]) -> list[dict[str, Any]]:
             return _answer_records(questions, windows, outputs, reader.no_answer_threshold)
 
-        return Prepared([(window.token_ids, window.segment_ids) for window in windows], finish)
+        encoded = [Encoded(w.token_ids, w.segment_ids, question_length=w.question_length) for w in windows]
+        return Prepared(encoded, finish)
 
 
 def _answer_records(
@@ -306,6 +328,7 @@ def _window_table(questions: list[Question], tokenizer: Tokenizer, max_length: i
         "segment_ids": datasets.List(datasets.Value("int8")),
         "offsets": numbers,  # first character and the one after the last of each token, flat
         "question": datasets.Value("int32"),
+        "question_length": datasets.Value("int32"),
         "start": datasets.Value("int32"),
         "end": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),

@@ -22,6 +22,7 @@ from tasks.readers import (
     CONLL_SUFFIXES,
     SUFFIXES,
     check_file,
+    file_kind,
     is_text,
     label_order,
     parquet_has,
@@ -30,7 +31,7 @@ from tasks.readers import (
     read_parquet,
     read_records,
 )
-from tasks.tokenizer import Tokenizer, check_room
+from tasks.tokenizer import Encoded, Tokenizer, check_room
 
 if TYPE_CHECKING:
     import datasets
@@ -58,7 +59,7 @@ def read_tagged(path: Path, words: str = "words", labels: str = "labels") -> Ite
     for labels that are missing in part or not as many as the words.
     """
     check_file(path)
-    suffix = path.suffix.lower()
+    suffix = file_kind(path)
     if suffix in (".jsonl", ".json"):
         records = read_records(path, read_jsonl, [words])
     elif suffix == ".parquet":
@@ -109,7 +110,7 @@ class Aligned(NamedTuple):
     """A sentence as the model reads it."""
 
     token_ids: list[int]
-    segment_ids: list[int]  # all 0
+    segment_ids: list[int]
     first: list[int]  # position of each word's first token; words that were cut off are missing at the end
     truncated: bool
 
@@ -121,11 +122,11 @@ def align(tokenizer: Tokenizer, sentences: list[Sentence], max_length: int) -> l
     (control characters, which BERT's tokenizer removes). Such a word shares the token of the next word or, at the end,
     the last token, so that every word that was not cut off has a token to label.
     """
-    tokenizer.backend.enable_truncation(max_length)
+    tokenizer.backend.enable_truncation(max_length)  # on the right, so that each word's first token is there or not
     # In byte-level BPE the blank belongs to the word; tokenizers without blanks drop it.
     texts = [[f" {word}" if i else word for i, word in enumerate(sentence.words)] for sentence in sentences]
     aligned = []
-    for sentence, encoding in zip(sentences, tokenizer.backend.encode_batch(texts, is_pretokenized=True)):
+    for sentence, encoding in zip(sentences, tokenizer.run(texts, is_pretokenized=True)):
         starts: dict[int, int] = {}
         for position, word in enumerate(encoding.word_ids):  # None for special tokens
             if word is not None:
@@ -136,7 +137,7 @@ def align(tokenizer: Tokenizer, sentences: list[Sentence], max_length: int) -> l
         for word in reversed(range(count)):
             position = starts.get(word, position)
             first.append(position)
-        aligned.append(Aligned(encoding.ids, [0] * len(encoding.ids), first[::-1], truncated))
+        aligned.append(Aligned(encoding.ids, tokenizer.segment_ids(encoding), first[::-1], truncated))
     return aligned
 
 
@@ -276,13 +277,13 @@ class Tagging(Task):
         sentences = []
         for location, record in records:
             words = record.get("words") if isinstance(record, dict) else None
-            if words is None and isinstance(record, dict) and is_text(record.get("text", 0)):
+            if words is None and isinstance(record, dict) and is_text(record.get("text")):
                 words = record["text"].split()
-            if not isinstance(words, list) or not words or not all(is_text(word) and word.strip() for word in words):
+            if not words or not isinstance(words, list):
                 raise InputError(
                     f'{location}: expected an object with "words", a list of words, or with "text" of some'
                 )
-            sentences.append(Sentence(words, None, 0))
+            sentences.append(Sentence(_checked_words(words, "words", location), None, 0))
         check_room(reader.tokenizer, reader.max_length)
         aligned = align(reader.tokenizer, sentences, reader.max_length)
         reader.truncated += sum(result.truncated for result in aligned)
@@ -296,7 +297,7 @@ class Tagging(Task):
                 answers.append({"words": sentence.words, "labels": labels, **counts})
             return answers
 
-        return Prepared([(result.token_ids, result.segment_ids) for result in aligned], finish)
+        return Prepared([Encoded(result.token_ids, result.segment_ids) for result in aligned], finish)
 
 
 def best_labels(logits: np.ndarray, first: list[int], names: tuple[str, ...]) -> list[str]:

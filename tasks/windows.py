@@ -14,6 +14,7 @@ from data import chunked
 from support.errors import InputError
 from tasks.tokenizer import Tokenizer
 
+NOWHERE = -1
 Offsets = list[tuple[int, int]]  # first character and the one after the last, for each token
 
 
@@ -21,7 +22,9 @@ class Question(NamedTuple):
     id: str
     question: str
     context: str
-    answers: tuple[tuple[str, int], ...]  # each annotator's text and its first character in the context; () for none
+    # Each annotator's text and its first character in the context, NOWHERE where it does not stand there; () for none.
+    answers: tuple[tuple[str, int], ...]
+    problem: str = ""  # what keeps it from being learned
 
 
 class Window(NamedTuple):
@@ -29,7 +32,8 @@ class Window(NamedTuple):
 
     question: int  # index of the question
     token_ids: list[int]
-    segment_ids: list[int]  # 0 up to the separators after the question, 1 for the context and the last separator
+    segment_ids: list[int]
+    question_length: int  # tokens up to the context: the first one, the question, separators
     offsets: Offsets  # characters of the context that each token covers; (0, 0) for all other tokens
     start: int  # first and last token of the first annotator's answer;
     end: int  # both 0 where the window does not hold the whole answer, or where there is none
@@ -45,63 +49,67 @@ def make_windows(
     more than `stride` tokens of context fit beside it is cut to at most half of the room.
     Raises: InputError if max_length leaves no room for such windows.
     """
-    tokenizer.backend.no_truncation()  # Tokenizer.encode sets its own, each time
+    backend = tokenizer.backend
+    backend.no_truncation()  # Tokenizer.encode sets its own, each time
     stride = max_length // 3 if stride is None else stride
-    before, between, after = _special_tokens(tokenizer)
-    room = max_length - len(before) - len(between) - len(after)
+    room = max_length - backend.num_special_tokens_to_add(is_pair=True)
     if room < stride + 2:
         raise InputError(
             f"--max-length {max_length}: leaves no room for a question and windows that share {stride} tokens; "
             f"expected at least {max_length - room + stride + 2}"
         )
-    # A paragraph is the context of several questions: each text is encoded once.
-    encoded = _encode(tokenizer, (text for question in questions for text in (question.question, question.context)))
+    limit = room - stride - 1
+    asked = [_cut(tokenizer, question.question, limit, min(room // 2, limit)) for question in questions]
+    covered = _offsets(tokenizer, (question.context for question in questions))
+    backend.enable_truncation(max_length, stride=stride, strategy="only_second")
+    encodings = tokenizer.run([(text, question.context) for text, question in zip(asked, questions)])
+    backend.no_truncation()
     windows = []
-    for index, question in enumerate(questions):
-        question_ids = encoded[question.question][0]
-        truncated = len(question_ids) > room - stride - 1
-        if truncated:
-            question_ids = question_ids[: min(room // 2, room - stride - 1)]
-        context_ids, offsets = encoded[question.context]
-        head = [*before, *question_ids, *between]
-        size = room - len(question_ids)  # tokens of context in a window
+    for index, (question, text, encoding) in enumerate(zip(questions, asked, encodings)):
+        offsets = covered[question.context]
         first, last = _answer_tokens(question, offsets)
-        # A window begins where the one before has `stride` tokens left. The last window is the first to reach the end.
-        for begin in range(0, max(len(context_ids) - stride, 1), size - stride):
-            part = slice(begin, begin + size)
-            token_ids = [*head, *context_ids[part], *after]
+        size = room - encoding.sequence_ids.count(0)  # tokens of context in a window
+        # Each window begins where the one before has `stride` tokens left.
+        for number, window in enumerate([encoding, *encoding.overflowing]):
+            begin = number * (size - stride)
             complete = begin <= first <= last < begin + size
-            shift = len(head) - begin
+            owners = window.sequence_ids  # 0 for the question, 1 for the context, None for special tokens
+            head = owners.index(1) if 1 in owners else len(owners)
+            part = iter(offsets[begin : begin + size])
             windows.append(
                 Window(
                     question=index,
-                    token_ids=token_ids,
-                    segment_ids=[0] * len(head) + [1] * (len(token_ids) - len(head)),
-                    offsets=[(0, 0)] * len(head) + offsets[part] + [(0, 0)] * len(after),
-                    start=first + shift if complete else 0,
-                    end=last + shift if complete else 0,
-                    truncated=truncated,
+                    token_ids=window.ids,
+                    segment_ids=tokenizer.segment_ids(window),
+                    question_length=head,
+                    offsets=[next(part) if owner == 1 else (0, 0) for owner in owners],
+                    start=first + head - begin if complete else 0,
+                    end=last + head - begin if complete else 0,
+                    truncated=text != question.question,
                 )
             )
     return windows
 
 
-def _special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """The ids that the tokenizer puts before the first text of a pair, between the two, and after the second."""
-    pair = tokenizer.backend.encode("a", "a")
-    texts = pair.sequence_ids  # 0 for the first text, 1 for the second, None for special tokens
-    first, second, end = texts.index(0), texts.index(1), len(texts) - texts[::-1].index(1)
-    between = [i for i, text in zip(pair.ids[first:second], texts[first:second]) if text is None]
-    return pair.ids[:first], between, pair.ids[end:]
+def _cut(tokenizer: Tokenizer, text: str, limit: int, size: int) -> str:
+    """The text, or, where it has more than `limit` tokens, its beginning of at most `size` tokens."""
+    (encoding,) = tokenizer.run([text], add_special_tokens=False)
+    if len(encoding) <= limit:
+        return text
+    ends = [0, *(end for _, end in encoding.offsets[:size])]
+    while len(encoding) > size:  # what is cut may have other tokens at its end
+        text = text[: ends.pop()]
+        (encoding,) = tokenizer.run([text], add_special_tokens=False)
+    return text
 
 
-def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, tuple[list[int], Offsets]]:
-    """{text: (token ids, the characters that each token covers)}, uncut and without special tokens."""
-    encoded = {}
+def _offsets(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Offsets]:
+    """{text: the characters that each token covers}. A paragraph is the context of several questions."""
+    covered = {}
     for chunk in chunked(dict.fromkeys(texts), 1024):
-        for text, encoding in zip(chunk, tokenizer.backend.encode_batch(chunk, add_special_tokens=False)):
-            encoded[text] = encoding.ids, [_without_blanks(text, *offsets) for offsets in encoding.offsets]
-    return encoded
+        for text, encoding in zip(chunk, tokenizer.run(chunk, add_special_tokens=False)):
+            covered[text] = [_without_blanks(text, *offsets) for offsets in encoding.offsets]
+    return covered
 
 
 def _without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
@@ -112,9 +120,9 @@ def _without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
 
 def _answer_tokens(question: Question, offsets: Offsets) -> tuple[int, int]:
     """First and last token of the first annotator's answer in the whole context; (-1, -1) if there is none."""
-    if not question.answers:
+    text, start = question.answers[0] if question.answers else ("", NOWHERE)
+    if start == NOWHERE:
         return -1, -1
-    text, start = question.answers[0]
     first = bisect_right(offsets, start, key=lambda characters: characters[1])  # the first to end after its start
     last = bisect_left(offsets, start + len(text), key=lambda characters: characters[0]) - 1
     return (first, last) if first <= last else (-1, -1)  # a tokenizer may leave out characters

@@ -15,8 +15,9 @@ for folder in (Path(__file__).parent, Path(__file__).parent.parent):
         sys.path.insert(0, str(folder))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from model import Config, Model, initialize  # noqa: E402
 from small_models import MODES, SMALL, make_pruner, pruning_model, random_sequences, small_model  # noqa: E402
+
+from model import Config, Model, initialize  # noqa: E402
 
 if TYPE_CHECKING:
     from stages import Trained

@@ -17,7 +17,7 @@ from small_models import small_model
 from ltp import main
 from support.checkpoint import save_model
 
-COUNT, SEED = int(os.environ.get("LTP_FUZZ", 240)), int(os.environ.get("LTP_FUZZ_SEED", 0))
+COUNT, SEED = int(os.environ.get("LTP_FUZZ", 400)), int(os.environ.get("LTP_FUZZ_SEED", 0))
 JUNK = [None, "", "x", -1, 0, 1.5, 10**30, [], {}, [1], {"0": 1}, True, float("nan"), "7", -(10**400)]
 # Keys of config.json whose values change no prediction.
 IDLE = {
@@ -45,6 +45,13 @@ def whole(demo, tmp_path_factory) -> Path:
     save_model(folder / "model", model)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(demo / "model" / name, folder / "model" / name)
+    settings = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False, "truncation_side": "right"}
+    settings |= {"model_input_names": ["input_ids", "attention_mask"], "extra_special_tokens": ["<mask>"]}
+    settings |= {"split_special_tokens": False, "trim_offsets": True, "cls_token": "<s>"}
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = {"sep_token": {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False}}
+    (folder / "model" / "special_tokens_map.json").write_text(json.dumps(tokens))
+    (folder / "model" / "added_tokens.json").write_text('{"<mask>": 4}')
     lines = (demo / "data" / "dev.jsonl").read_text().splitlines()[:12]
     (folder / "dev.jsonl").write_text("\n".join(lines) + "\n")
     rows = [json.loads(line) for line in lines]
@@ -86,8 +93,9 @@ def damage_config(generator: random.Random, path: Path) -> tuple[str, bool]:
         value = generator.choice(JUNK)
         config[key] = value
         what = f"{key} = {str(value)[:20]}"
-        # Numbers may be meant, and null is the dense model; nothing else may pass for something it is not.
-        may_change = key in IDLE or type(value) in (int, float) or key == "prune_mode" and value is None
+        # Numbers may be meant, and null may be the dense model, or classes without names; nothing else may pass for
+        # something that it is not.
+        may_change = key in IDLE or type(value) in (int, float) or value is None and key in ("prune_mode", "id2label")
     path.write_text(json.dumps(config))
     return what, may_change
 
@@ -105,16 +113,21 @@ def digests(folder: Path) -> dict[str, str]:
 def damage(generator: random.Random, folder: Path) -> tuple[str, str, bool]:
     """Damages one file of a copy of `whole`. Returns what was hit, how, and whether predictions may change."""
     model = folder / "model"
-    kinds = ["weights"] * 2 + ["config"] * 3 + ["config.json", "tokenizer"] + ["data"] * 2 + ["questions"]
+    kinds = ["weights"] * 2 + ["config"] * 3 + ["config.json", "tokenizer", "settings"] + ["data"] * 2 + ["questions"]
     kind = generator.choice(kinds)
     if kind == "weights":  # the header: a changed weight is a weight
         path = model / "model.safetensors"
         return kind, damage_bytes(generator, path, 8 + int.from_bytes(path.read_bytes()[:8], "little")), False
     if kind == "config":
         return kind, *damage_config(generator, model / "config.json")
+    if kind == "settings":
+        name = generator.choice(["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+        return kind, f"{name} {damage_config(generator, model / name)[0]}", True
     files = {
         "config.json": [model / "config.json"],
-        "tokenizer": [model / "vocab.json", model / "merges.txt"],
+        "tokenizer": [
+            model / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        ],
         "data": [folder / "dev.jsonl", folder / "dev.tsv"],
         "questions": [folder / "questions.jsonl"],
     }

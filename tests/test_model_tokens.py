@@ -89,14 +89,14 @@ def test_a_protected_question_is_never_pruned(rule):
     sequences = random_sequences(6)
     segments = [[0] * (1 + len(s) // 3) + [1] * (len(s) - 1 - len(s) // 3) for s in sequences]
     question = torch.tensor([s.count(0) for s in segments])
-    batch = pack(sequences, segments)
+    batch = pack(sequences, segments, question.tolist())
     for protect in (True, False):
         model = pruning_model(head="span", labels=("start", "end"), protect_question=protect, token_keep_rate=-2.0)
         model.thresholds.data = threshold_ladder(0.05, 5)
         pruner = make_pruner(model, rule)
         with torch.inference_mode():
             output = model(batch, pruner)
-            alone = [model(pack([s], [g]), pruner).logits for s, g in zip(sequences, segments)]
+            alone = [model(pack([s], [g], [int(n)]), pruner).logits for s, g, n in zip(sequences, segments, question)]
         torch.testing.assert_close(output.logits, torch.cat(alone), atol=1e-5, rtol=0)
         if rule.startswith("soft"):
             assert (output.kept[-1] >= question - 1e-3).all() == protect

@@ -161,15 +161,13 @@ def random_examples(folder: Path, config: Config, options: BenchOptions) -> Exam
         raise InputError(f"--lengths {lengths[-1]}: {folder} has positions for {config.max_tokens} tokens")
     token_ids = np.concatenate([generator.integers(0, config.vocab_size, n) for n in lengths])
     segment_ids = np.zeros(len(token_ids), dtype=np.int8)
-    if config.head == "span":  # a question has two segments, and the first may be protected
-        segment_ids = np.concatenate([np.arange(n) >= RANDOM_QUESTION for n in lengths]).astype(np.int8)
-    return Examples(token_ids, segment_ids, lengths, np.empty(0))
+    questions = np.minimum(lengths, RANDOM_QUESTION) if config.head == "span" else None
+    return Examples(token_ids, segment_ids, lengths, targets=np.empty(0), question_lengths=questions)
 
 
 def task_examples(folder: Path, config: Config, source: Source, options: BenchOptions) -> Examples:
     """A random choice of the source's examples, in their order. Raises: InputError."""
     tokenizer = Tokenizer(folder)
-    tokenizer.check_fits(config.vocab_size, folder)
     labels = check_task(folder, config, source.task)
     limit = length_limit(config, folder, options.max_length)
     examples = source.load("eval", tokenizer, limit, labels=labels)[0][""]

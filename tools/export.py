@@ -99,10 +99,10 @@ class SingleSequence(nn.Module):
 
     @property
     def input_names(self) -> list[str]:
-        """input_ids, and token_type_ids where the answer depends on them."""
+        """input_ids; token_type_ids and question_length where the answer depends on them."""
         config = self.model.config
-        reads_segments = config.type_vocab_size > 1 or config.head == "span" and config.protect_question
-        return ["input_ids", "token_type_ids"][: 1 + reads_segments]
+        depends = (True, config.type_vocab_size > 1, config.head == "span" and config.protect_question)
+        return [name for name, used in zip(("input_ids", "token_type_ids", "question_length"), depends) if used]
 
     def pruner(self) -> Dense:
         """As `Model.pruner` gives it."""
@@ -113,8 +113,10 @@ class SingleSequence(nn.Module):
             return RankedTopK(topk_rates(config.token_keep_rate, config.num_hidden_layers))
         return Dense()
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """input_ids, token_type_ids (1, n), default zeros -> logits, kept (L,) int64.
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, question_length: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """input_ids, token_type_ids (1, n), question_length (1,), default zeros -> logits, kept (L,) int64.
 
         logits: (1, labels), or (1, n, labels) of a head that answers for each token.
         """
@@ -122,7 +124,8 @@ class SingleSequence(nn.Module):
         n = token_ids.size(0)
         segment_ids = torch.zeros_like(token_ids) if token_type_ids is None else token_type_ids[0]
         lengths = torch.ones_like(token_ids).sum(0, keepdim=True)
-        batch = Batch(token_ids, segment_ids, torch.arange(n), lengths)
+        questions = torch.zeros_like(lengths) if question_length is None else question_length
+        batch = Batch(token_ids, segment_ids, torch.arange(n), lengths, questions)
         output = self.model(batch, self.pruner(), lambda lengths: OneSequence(lengths, lengths, n))
         logits = output.logits if self.model.config.head == "sequence" else output.logits[None]
         return logits, output.kept[:, 0]
@@ -154,7 +157,9 @@ def export_model(model: Model, path: Path) -> str:
 def trace(single: SingleSequence) -> Any:
     """The ONNX program of a model, for any number of tokens that it has positions for."""
     names = single.input_names
-    examples = tuple(torch.zeros(1, 7, dtype=torch.long) for _ in names)  # one tensor twice would become one input
+    # One tensor twice would become one input.
+    shapes = {name: (1,) if name == "question_length" else (1, 7) for name in names}
+    examples = {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
     tokens = torch.export.Dim("tokens", min=2, max=single.model.config.max_tokens)
     with warnings.catch_warnings():  # dozens, which the exporter raises about itself
         warnings.simplefilter("ignore")
@@ -162,9 +167,9 @@ def trace(single: SingleSequence) -> Any:
         try:
             return torch.onnx.export(
                 single,
-                examples,
+                kwargs=examples,
                 dynamo=True,
-                dynamic_shapes=tuple({1: tokens} for _ in names),
+                dynamic_shapes={name: {1: tokens} if len(shape) > 1 else {} for name, shape in shapes.items()},
                 input_names=names,
                 output_names=OUTPUTS,
                 verbose=False,
@@ -191,10 +196,11 @@ def compare(model: Model, path: Path) -> str:
     worst, ties = 0.0, 0
     for n in lengths:
         token_ids = torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
-        segment_ids = [int(i > n // 3) if len(names) > 1 else 0 for i in range(n)]
-        expected = model(pack([token_ids], [segment_ids]))
-        inputs = dict(zip(names, (torch.tensor([ids]).numpy() for ids in (token_ids, segment_ids))))
-        logits, kept = session.run(OUTPUTS, inputs)
+        question = n // 3 + 1
+        segment_ids = [int(i >= question) if "token_type_ids" in names else 0 for i in range(n)]
+        expected = model(pack([token_ids], [segment_ids], [question]))
+        values = {"input_ids": [token_ids], "token_type_ids": [segment_ids], "question_length": [question]}
+        logits, kept = session.run(OUTPUTS, {name: torch.tensor(values[name]).numpy() for name in names})
         if kept.tolist() != expected.kept[:, 0].tolist():
             ties += 1
         else:

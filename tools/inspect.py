@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from model import Alive, Batch, Config, Decision, Dense, Output, Sequences, Step, layer_macs, pack
+from model import Alive, Batch, Config, Decision, Dense, Output, Sequences, Step, layer_macs
 from support.errors import InputError
-from tasks.base import Prepared, Record
+from tasks.base import Prepared, Record, pack_encoded
 from tools.predict import Predictor
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,8 +69,8 @@ def examine_one(predictor: Predictor, record: Record) -> dict[str, Any]:
             f"{location}: makes {len(prepared.encoded)} windows of {predictor.reader.max_length} tokens, and one can "
             "be shown; shorten the context, or pass a larger --max-length"
         )
-    token_ids, segment_ids = prepared.encoded[0]
-    batch = pack([token_ids], [segment_ids]).to(predictor.process.device)
+    token_ids = prepared.encoded[0].token_ids
+    batch = pack_encoded(prepared.encoded).to(predictor.process.device)
     with predictor.process.autocast():
         pruned = predictor.model(batch, AllScores(predictor.model.pruner()))
         passes = Passes(pruned, predictor.model(batch, Dense()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,16 +12,18 @@ import torch
 from torch import Tensor
 
 from data import chunked, token_batches
-from model import Config, Dense, pack
+from model import Config, Dense
 from runs.checks import length_limit
 from support.checkpoint import load_model
 from support.console import quiet
 from support.cpu import pack_weights
 from support.errors import InputError
-from support.files import write_file
+from support.files import json_line, write_file
 from support.process import Process
 from tasks import task_for_head
-from tasks.base import Prepared, Reader, Record
+from tasks.base import Prepared, Reader, Record, pack_encoded
+from tasks.readers import read_jsonl, read_records
+from tasks.tokenizer import Encoded
 from train import by_sequence
 
 
@@ -72,16 +73,16 @@ class Predictor:
         return self.task.prepare(records, self.reader)
 
     @torch.inference_mode()
-    def run(self, encoded: list[tuple[list[int], list[int]]]) -> list[tuple[Tensor, list[int]]]:
-        """Runs token ids and segment ids of N sequences. Sequences of similar length run together.
+    def run(self, encoded: list[Encoded]) -> list[tuple[Tensor, list[int]]]:
+        """Runs N sequences. Sequences of similar length run together.
 
         Returns for each its logits, (C,) or (n, C), and the tokens kept in each layer (L,).
         """
         outputs: list[Any] = [None] * len(encoded)
-        lengths = np.array([len(token_ids) for token_ids, _ in encoded])
+        lengths = np.array([len(sequence.token_ids) for sequence in encoded])
         order = np.argsort(lengths, kind="stable")
         for indices in token_batches(order, lengths, self.batch_size, max_tokens=self.max_tokens):
-            batch = pack([encoded[i][0] for i in indices], [encoded[i][1] for i in indices])
+            batch = pack_encoded([encoded[i] for i in indices])
             with self.process.autocast():
                 output = self.model(batch.to(self.process.device), self.pruner)
             rows = by_sequence(output.logits.float().cpu(), lengths[indices].tolist(), self.model.config.head)
@@ -96,6 +97,8 @@ def predict_file(predictor: Predictor, source: Path, output: Path | None, progre
     output: the file to write, whole or not at all; None: standard output.
     Raises: InputError naming file and line.
     """
+    if predictor.process.world > 1 and not source.is_file():
+        raise InputError(f"--input {source}: is a pipe, which several processes cannot share; save it first")
     if output is not None and output.resolve() == source.resolve():
         raise InputError(f"--output {output}: is the input; choose another file")
     if output is not None and output.is_dir():
@@ -121,7 +124,7 @@ def answer_lines(predictor: Predictor, source: Path, file: TextIO, progress: Cal
     for records in chunked(read_lines(source), 32 * predictor.batch_size * process.world):
         parts = process.gather(predictor.answer(records[process.rank :: process.world]))
         for i in range(len(records) if process.main else 0):
-            file.write(json.dumps(parts[i % process.world][i // process.world], ensure_ascii=False) + "\n")
+            file.write(json_line(parts[i % process.world][i // process.world], file))
         count += len(records)
         progress(step=count, steps=None)
     file.flush()  # a full disk fails here, not when the program ends
@@ -132,15 +135,5 @@ def answer_lines(predictor: Predictor, source: Path, file: TextIO, progress: Cal
 
 def read_lines(source: Path) -> Iterator[Record]:
     """Yields the records of a JSONL file, each with its place for messages. Raises: InputError."""
-    number = 0
-    try:
-        with open(source, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{source}, line {number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{source}, line {number}: not JSON ({error})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}, after line {number}: not UTF-8 ({error.reason})") from None
+    for number, record in read_records(source, read_jsonl):
+        yield f"{source}, line {number}", record

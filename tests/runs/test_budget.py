@@ -39,8 +39,9 @@ def test_topk_rates_for_a_budget():
 
 
 def test_protected_tokens_by_hand():
-    segments = np.array([0, 0, 1, 0, 0, 0, 1, 1, 0], dtype=np.int8)
-    examples = Examples(np.zeros(9, np.int32), segments, np.array([3, 5, 1]), np.empty(0))
+    lengths, questions = np.array([3, 5, 1]), np.array([2, 3, 1])
+    buffers = np.zeros(9, np.int32), np.zeros(9, np.int8)
+    examples = Examples(*buffers, lengths, targets=np.empty(0), question_lengths=questions)
     span = replace(SMALL, head="span", protect_question=True)
     assert protected_tokens(span, examples).tolist() == [2, 3, 1]
     assert protected_tokens(replace(span, protect_question=False), examples).tolist() == [1, 1, 1]

@@ -22,8 +22,17 @@ from support.checkpoint import load_model
 from support.errors import InputError
 from support.settings import Settings
 
-START = ("event", "stage", "task", "data", "dev_data", "restore", "distill", "final_token_threshold")
-START += ("token_keep_rate", "score_norm", "max_seq_length", "protect_question", "columns", "pruning", "settings")
+START = ("event", "stage", "task", "data", "dev_data", "restore", "distill", "content")
+START += (
+    "final_token_threshold",
+    "token_keep_rate",
+    "score_norm",
+    "max_seq_length",
+    "protect_question",
+    "columns",
+    "pruning",
+    "settings",
+)
 START += ("examples", "precision", "steps", "thresholds", "processes", "device", "torch", "machine")
 EVALUATION = ("event", "step", "epoch", "train_loss", "metrics", "score", "loss", "examples", "gflops", "dense_gflops")
 EVALUATION += ("relative_flops", "kept", "seconds", "examples_per_second", "thresholds", "elapsed", "saved")

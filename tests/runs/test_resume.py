@@ -364,6 +364,7 @@ def test_a_full_disk_is_said_and_costs_nothing(demo, start, tmp_path):
     try:
         stderr = finish(command(demo, start, disk / "run", sys.executable), code=2)
         assert "Error: " in stderr and "could not be written" in stderr and "Traceback" not in stderr
+        assert str(disk) in stderr and "No space left on device" in stderr and "free some space there" in stderr
         load_model(disk / "run")  # the checkpoint of the first evaluation is whole
         assert not list((disk / "run").rglob("*.new")) and not list((disk / "run").rglob(".*"))
         # The main process of two meets the full disk; the other stops with it, without a traceback of its own.

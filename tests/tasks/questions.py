@@ -58,6 +58,8 @@ def trained(folder: Path, kind: str, texts: list[str], size: int = 400) -> Token
         )
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
+    if kind == "wordpiece":
+        (folder / "tokenizer_config.json").write_text('{"model_input_names": ["input_ids", "token_type_ids"]}')
     return Tokenizer(folder)
 
 

@@ -1,6 +1,9 @@
 """Answers out of logits, and SQuAD's metrics."""
 
 import math
+import random
+import re
+import string
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from tasks.windows import Question, Window
 def window_of(question: int, *words: tuple[int, int]) -> Window:
     """Two tokens of a question and its separator, then one token for each word."""
     count = len(words) + 4
-    return Window(question, list(range(count)), [0] * count, [(0, 0)] * 3 + [*words, (0, 0)], 0, 0)
+    return Window(question, list(range(count)), [0] * count, 3, [(0, 0)] * 3 + [*words, (0, 0)], 0, 0)
 
 
 def logits_of(count: int, starts: dict[int, float], ends: dict[int, float]) -> np.ndarray:
@@ -180,3 +183,53 @@ def test_best_thresholds_by_hand():
         assert squad_metrics(questions, chosen)["exact"] == exact
     best = best_thresholds(kinds("", ""), {"q0": "x", "q1": "y"}, {"q0": -1.0, "q1": 0.5})
     assert best["best_exact"] == 100 and best["best_exact_threshold"] < -1  # best to answer nothing
+
+
+# ---- against the definition ----
+
+
+def words_of(text: str) -> list[str]:
+    """The words that count: lower case, without ASCII punctuation and the articles a, an, the."""
+    kept = "".join(character for character in text.lower() if character not in string.punctuation)
+    tokens = re.split(r"(\w+)", kept)  # words in the sense of a regular expression at the odd places
+    return "".join(" " if token in ("a", "an", "the") else token for token in tokens).split()
+
+
+def definition(answer: str, references: list[str]) -> tuple[int, float]:
+    """Exact match and F1 with the best annotator."""
+    best = (0, 0.0)
+    for reference in [r for r in references if words_of(r)] or [""]:
+        mine, theirs = words_of(answer), words_of(reference)
+        rest, common = list(theirs), 0
+        for word in mine:
+            if word in rest:
+                rest.remove(word)
+                common += 1
+        if not mine or not theirs:
+            f1 = float(mine == theirs)
+        else:
+            precision, recall = common / len(mine), common / len(theirs)
+            f1 = 2 * precision * recall / (precision + recall) if common else 0.0
+        best = max(best[0], int(mine == theirs)), max(best[1], f1)
+    return best
+
+
+def test_metrics_of_a_thousand_predictions_are_the_definitions():
+    draw = random.Random(5)
+    pieces = ["the", "The", "a", "an", "An", "river", "Elbe", "elbe,", "(Elbe)", "1,386", "m.", "über", "ÜBER", "—", "-", "it's", "", "the-sea", "a.", "中文", "ﬁn", "\u00a0", "x"]  # fmt: skip
+
+    def text() -> str:
+        return draw.choice([" ", " ", "  ", ""]).join(draw.choices(pieces, k=draw.randrange(0, 5)))
+
+    questions, texts, expected = [], {}, []
+    for i in range(1000):
+        references = [text() for _ in range(draw.randrange(0, 4))]
+        questions.append(Question(str(i), "?", "context", tuple((reference, 0) for reference in references)))
+        texts[str(i)] = draw.choice([text(), *references, ""])
+        expected.append(definition(texts[str(i)], references))
+        one = squad_metrics(questions[-1:], texts)
+        assert (one["exact"], one["f1"]) == pytest.approx([100 * value for value in expected[-1]]), questions[-1]
+    metrics = squad_metrics(questions, texts)
+    assert metrics["exact"] == pytest.approx(sum(exact for exact, _ in expected) / 10)
+    assert metrics["f1"] == pytest.approx(sum(f1 for _, f1 in expected) / 10)
+    assert 20 < metrics["exact"] < 80

@@ -170,7 +170,12 @@ def test_memory_is_flat(tmp_path, name, sentence):
         (rows, "x.csv", b'text,label\n"open,1\n', ": not readable"),
         (rows, "x.jsonl", b"{'text'}\n", ", line 1: not JSON"),
         (rows, "x.jsonl", b'{"text": "a", "label": 1}\n[1]\n', ", line 2: expected a JSON object"),
-        (rows, "x.jsonl", b'{"text": 5, "label": 1}\n', ", line 1: the text is not a string of valid"),
+        (
+            rows,
+            "x.jsonl",
+            b'{"text": 5, "label": 1}\n',
+            ", line 1: the text in the column 'text' is not a string of valid",
+        ),
         (rows, "x.jsonl", b'{"text": "a", "label": null}\n', ", line 1: no value in the column 'label'"),
         (rows, "x.parquet", b"PAR1 not really", ": not a readable Parquet file"),
         (rows, "x.xlsx", b"", ": unknown kind of file"),

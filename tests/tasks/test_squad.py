@@ -83,7 +83,6 @@ def row(**changes) -> bytes:
         ("x.json", b"[" * 100_000, "not JSON"),
         ("x.json", row() + b"\n" + row(id="b"), "not JSON.*one question a line is named .jsonl"),
         ("x.json", b'"\xff"', "not UTF-8"),
-        ("x.jsonl", row(answers=None, is_impossible=False), "'answers' is missing or empty, though is_impossible"),
         ("x.json", b"[]", "'data' is missing or not a list"),
         ("x.json", b'{"data": []}', "holds no questions"),
         ("x.json", b'{"data": [5]}', "article 1: expected a JSON object"),
@@ -92,29 +91,20 @@ def row(**changes) -> bytes:
             b'{"data": [{"paragraphs": [{"qas": {}}]}]}',
             "article 1, paragraph 1: 'qas' is missing or not a list",
         ),
-        ("x.json", json.dumps(articles(id=5)).encode(), "paragraph 1, question 1: 'id' is missing or not a string"),
+        ("x.json", json.dumps(articles(id=5.5)).encode(), "paragraph 1, question 1: 'id' is missing or not a string"),
+        ("x.json", json.dumps(articles(id=True)).encode(), "paragraph 1, question 1: 'id' is missing or not a string"),
         ("x.json", json.dumps(articles(id="c")).encode(), "question 3: the id 'c' occurs twice"),
         ("x.json", json.dumps(articles(question=" ")).encode(), r"question 1 \(a\): the question is empty"),
         ("x.json", json.dumps(articles(answers=["me"])).encode(), r"\(a\), answer 1: expected a JSON object"),
-        (
-            "x.json",
-            json.dumps(articles(answers=[{"text": "Giant Mountains", "answer_start": 40}])).encode(),
-            r"question 1 \(a\), answer 1: 'Giant Mountains' does not stand at character 40 .* but 'iant Mountains",
-        ),
         ("x.jsonl", b"", "holds no questions"),
         ("x.jsonl", b"\xff\n", "not UTF-8"),
         ("x.jsonl", row() + b"\n{", "line 2: not JSON"),
         ("x.jsonl", row() + b"\n[1]", "line 2: expected a JSON object"),
         ("x.jsonl", row() + b"\n" + row(), "line 2: the id 'a' occurs twice"),
-        ("x.jsonl", row(context=None), "line 1: 'context' is missing or not a string"),
+        ("x.jsonl", row(context=None), "line 1 .*'context' is missing or not a string"),
         ("x.jsonl", row(context="\n"), "line 1 .*the context is empty"),
-        ("x.jsonl", row(question="\ud800"), "line 1: 'question' is missing or not a string of valid characters"),
+        ("x.jsonl", row(question="\ud800"), "line 1 .*'question' is missing or not a string of valid characters"),
         ("x.jsonl", row(answers="me"), "line 1 .*'answers' is missing or not a list"),
-        ("x.jsonl", row(answers={"text": ["me"]}), "line 1 .*'answer_start' is missing or not a list"),
-        ("x.jsonl", row(answers={"text": ["me"], "answer_start": []}), "1 answers with 0 answer_start"),
-        ("x.jsonl", row(answers={"text": ["me"], "answer_start": ["7"]}), "'answer_start' is missing or not a whole"),
-        ("x.jsonl", row(answers={"text": ["me"], "answer_start": [-3]}), "does not stand at character -3"),
-        ("x.jsonl", row(answers={"text": [" "], "answer_start": [2]}), "'' does not stand at character 2"),
         ("x.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("x.csv", b"", "unknown kind of file"),
     ],
@@ -123,6 +113,38 @@ def test_bad_files_are_named_with_the_location(tmp_path, name, content, message)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name}.*{message}"):
         list(read_squad(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"answers": None, "is_impossible": False}, "'answers' is missing or empty, though is_impossible"),
+        ({"answers": {"text": ["me"]}}, "'answer_start' is missing or not a whole number"),
+        ({"answers": {"text": ["me"], "answer_start": []}}, "'answer_start' is missing or not a whole number"),
+        ({"answers": {"text": ["me"], "answer_start": ["7"]}}, "'answer_start' is missing or not a whole number"),
+        ({"answers": {"text": ["me"], "answer_start": [-3]}}, "does not stand at character -3"),
+        ({"answers": {"text": [" "], "answer_start": [2]}}, "'' does not stand at character 2"),
+        (
+            {"answers": {"text": ["me", "was me"], "answer_start": [7, 4]}},
+            r"line 1 \(a\), answer 2: 'was me' does not stand at character 4 of the context but 'as me.'",
+        ),
+    ],
+)
+def test_what_keeps_a_question_from_being_learned_stops_training_alone(tmp_path, byte_pairs, changes, message):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_bytes(row(**changes) + b"\n" + row(id="b"))
+    source = Source(find_task("SQuAD2"), tmp_path)
+    with pytest.raises(InputError, match=message):
+        source.load("train", byte_pairs, 60)
+    examples = source.load("dev", byte_pairs, 60)[0][""]
+    assert len(examples.details.questions) == 2
+    perfect = {q.id: q.answers[0][0] if q.answers else "" for q in examples.details.questions}
+    assert squad_metrics(examples.details.questions, perfect)["exact"] == 100
+
+
+def test_ids_may_be_numbers(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(articles(id=5)))
+    assert next(iter(read_squad(tmp_path / "x.json"))).id == "5"
 
 
 def test_missing_files_and_no_network(monkeypatch):
@@ -269,7 +291,7 @@ def test_choices_are_the_tokens_of_each_sequence():
 def reader_of(tokenizer, folder: Path, max_length: int, **fields) -> Reader:
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
-    config = Config(tokenizer.vocab_size, 8, 2, 2, 16, 1000, head="span", labels=("start", "end"))
+    config = Config(tokenizer.backend.get_vocab_size(), 8, 2, 2, 16, 1000, head="span", labels=("start", "end"))
     return Reader(folder, config, max_length, **fields)
 
 
@@ -278,7 +300,7 @@ def test_records_are_answered_over_their_windows(byte_pairs, tmp_path):
     records = [(f"line {i}", {"question": f" {q.question} ", "context": q.context}) for i, q in enumerate(MADE)]
     encoded, finish = find_task("SQuAD").prepare(records, reader)
     windows = make_windows(byte_pairs, MADE, 60)
-    assert encoded == [(w.token_ids, w.segment_ids) for w in windows] and reader.truncated == 1
+    assert [e.token_ids for e in encoded] == [w.token_ids for w in windows] and reader.truncated == 1
     logits = [torch.from_numpy(values) for values in label_logits(windows)]
     kept = [[len(w.token_ids) - 1, i] for i, w in enumerate(windows)]
     answers = finish(list(zip(logits, kept)))
@@ -304,7 +326,7 @@ def test_records_are_answered_over_their_windows(byte_pairs, tmp_path):
     ],
 )
 def test_records_without_a_question_on_a_context_are_refused(record, byte_pairs, tmp_path):
-    with pytest.raises(InputError, match='line 3: expected an object with "question" and "context"'):
+    with pytest.raises(InputError, match="line 3: .*(question|context)"):
         find_task("SQuAD").prepare([("line 3", record)], reader_of(byte_pairs, tmp_path, 60))
 
 

@@ -1,6 +1,7 @@
 """Tagged sentences: words and their tokens, metrics, examples, records to predict, made sentences."""
 
 import json
+import random
 import warnings
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def test_ids_are_those_of_the_running_text(kind, tokenizers):
     for limit in (200, 7):
         for text, aligned in zip(TEXTS, align(tokenizer, [sentence(text) for text in TEXTS], limit)):
             (encoded,) = tokenizer.encode([text], None, limit)
-            assert (aligned.token_ids, aligned.segment_ids, aligned.truncated) == encoded, text
+            assert (aligned.token_ids, aligned.segment_ids, aligned.truncated) == encoded[:3], text
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bpe_prefix", "sentence_piece"])  # these can spell every word
@@ -218,6 +219,69 @@ def test_parts_of_speech(no_warnings):
     # F1: NOUN 2/3 (precision 1, recall 1/2), -LRB- 2/3 (precision 1/2, recall 1), X and Y 0.
     assert entity_metrics(gold, predicted) == {"macro_f1": pytest.approx(1 / 3), "accuracy": 0.5}
     assert entity_metrics([["3", "0"]], [["3", "0"]]) == {"macro_f1": 1, "accuracy": 1}
+
+
+def conlleval(labels: list[str]) -> set[tuple[str, int, int]]:
+    """Entities (kind, first word, last word) of a sentence, by the rules of conlleval: written from its table."""
+    entities, start = set(), None
+    before, kind_before = "O", ""
+    for i, label in enumerate([*labels, "O"]):
+        now, _, kind = label.partition("-")
+        ends = before in ("E", "S") or before in ("B", "I") and now in ("B", "S", "O")
+        begins = now in ("B", "S") or now in ("I", "E") and before in ("E", "S", "O")
+        other = now != "O" and kind != kind_before
+        if start is not None and (ends or before != "O" and (other or now == "O")):
+            entities.add((kind_before, start, i - 1))
+            start = None
+        if begins or other:
+            start = i
+        before, kind_before = now, kind
+    return entities
+
+
+@pytest.mark.parametrize("scheme", ["IOB1", "IOB2", "IOBES", "broken"])
+def test_metrics_of_random_taggings_are_conllevals_and_seqevals(scheme):
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    draw = random.Random(scheme)
+
+    def spell(length: int, kind: str, joint: bool) -> list[str]:
+        """The labels of an entity; joint: right behind another one of its kind."""
+        if scheme == "IOBES":
+            return [f"S-{kind}"] if length == 1 else [f"B-{kind}", *[f"I-{kind}"] * (length - 2), f"E-{kind}"]
+        first = "B" if scheme == "IOB2" or joint else "I"
+        return [f"{first}-{kind}", *[f"I-{kind}"] * (length - 1)]
+
+    def sentence(size: int) -> list[str]:
+        if scheme == "broken":
+            return [draw.choice(["O", "O", *(f"{p}-{k}" for p in "BIES" for k in ("PER", "LOC"))]) for _ in range(size)]
+        labels: list[str] = []
+        while len(labels) < size:
+            kind, joint = draw.choice(["PER", "LOC", "O"]), False
+            if kind != "O":
+                joint = bool(labels) and labels[-1].endswith(f"-{kind}")
+            labels += ["O"] if kind == "O" else spell(draw.randrange(1, 4), kind, joint)
+        return labels if len(labels) == size else [*labels[: size - 3], "O", "O", "O"][:size]
+
+    found = 0
+    for _ in range(250):
+        sizes = [draw.randrange(1, 12) for _ in range(4)]
+        gold, predicted = ([sentence(size) for size in sizes] for _ in range(2))
+        predicted = [g if draw.random() < 0.4 else p for g, p in zip(gold, predicted)]
+        sides = [{(i, *e) for i, s in enumerate(side) for e in conlleval(s)} for side in (gold, predicted)]
+        metrics = entity_metrics(gold, predicted)
+        if "f1" not in metrics:
+            assert not any(sides)
+            continue
+        right = len(sides[0] & sides[1])
+        precision, recall = right / max(1, len(sides[1])), right / max(1, len(sides[0]))
+        f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+        theirs = [score(gold, predicted, zero_division=0) for score in (precision_score, recall_score, f1_score)]
+        ours = [metrics[name] for name in ("precision", "recall", "f1")]
+        assert ours == pytest.approx(theirs)
+        assert ours == pytest.approx([precision, recall, f1])
+        found += 0 < f1 < 1
+    assert found > 100
 
 
 # ---- examples ----
@@ -329,10 +393,10 @@ def test_words_are_labelled_and_those_cut_off_are_not(tagged, tmp_path):
     reader = Reader(tmp_path / "model", config, 6)
     records = [("line 1", {"words": ["Anna", "in", "Malden"]}), ("line 2", {"text": "in Malden . Anna"})]
     encoded, finish = tagged.task.prepare(records, reader)
-    assert encoded == [([2, 5, 7, 8, 9, 3], [0] * 6), ([2, 7, 8, 9, 10, 3], [0] * 6)] and reader.truncated == 1
+    assert [e.token_ids for e in encoded] == [[2, 5, 7, 8, 9, 3], [2, 7, 8, 9, 10, 3]] and reader.truncated == 1
     logits = [
         torch.tensor([[0.0, float(token in (8, 9))] for token in ids]) - 0.5 * torch.tensor([0, 1])
-        for ids, _ in encoded
+        for ids in (e.token_ids for e in encoded)
     ]
     assert finish([(logits[0], [6, 3]), (logits[1], [5, 4])]) == [
         {"words": ["Anna", "in", "Malden"], "labels": ["O", "O", "B-LOC"], "tokens": 6, "kept": [6, 3]},
@@ -340,9 +404,7 @@ def test_words_are_labelled_and_those_cut_off_are_not(tagged, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "record", [{"words": []}, {"words": "Anna"}, {"words": ["a", " "]}, {"text": 5}, {"text": " "}, {}, ["a"]]
-)
+@pytest.mark.parametrize("record", [{"words": []}, {"words": "Anna"}, {"text": 5}, {"text": " "}, {}, ["a"]])
 def test_records_without_words_are_refused(record, tagged, tmp_path):
     word_piece(tmp_path / "model")
     reader = Reader(tmp_path / "model", Config(14, 8, 2, 2, 16, 40, head="token"), 6)

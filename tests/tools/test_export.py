@@ -25,9 +25,18 @@ def a_model(head: str, prune_mode: str | None, **changes):
     return model.requires_grad_(False)
 
 
-def segments(ids: list[int]) -> list[int]:
+def question_length(ids: list[int]) -> int:
     """A first text, and a second one of two thirds."""
-    return [int(i > len(ids) // 3) for i in range(len(ids))]
+    return len(ids) // 3 + 1
+
+
+def segments(ids: list[int]) -> list[int]:
+    return [int(i >= question_length(ids)) for i in range(len(ids))]
+
+
+def inputs_of(ids: list[int]) -> dict[str, torch.Tensor]:
+    values = {"input_ids": [ids], "token_type_ids": [segments(ids)], "question_length": [question_length(ids)]}
+    return {name: torch.tensor(value) for name, value in values.items()}
 
 
 @pytest.mark.parametrize("norm", ["max_length", "length"])
@@ -37,8 +46,9 @@ def test_the_traced_arithmetic_is_the_models(prune_mode, head, norm):
     model = a_model(head, prune_mode, score_norm=norm, protect_question=head == "span")
     dropped = 0
     for ids in [[5], [5, 6], *random_sequences(9, seed=3)]:
-        expected = model(pack([ids], [segments(ids)]))
-        logits, kept = SingleSequence(model)(torch.tensor([ids]), torch.tensor([segments(ids)]))
+        expected = model(pack([ids], [segments(ids)], [question_length(ids)]))
+        single = SingleSequence(model)
+        logits, kept = single(*(inputs_of(ids)[name] for name in single.input_names))
         assert kept.tolist() == expected.kept[:, 0].tolist()
         assert logits.shape == ((1, 3) if head == "sequence" else (1, len(ids), len(model.config.labels)))
         torch.testing.assert_close(logits.view_as(expected.logits), expected.logits, atol=1e-5, rtol=0)
@@ -63,7 +73,7 @@ def test_inputs_are_those_that_the_answer_depends_on():
     span = {"head": "span", "labels": ("start", "end")}
     assert names() == ["input_ids", "token_type_ids"]
     assert names(type_vocab_size=1) == names(type_vocab_size=1, **span) == ["input_ids"]
-    assert names(type_vocab_size=1, protect_question=True, **span) == ["input_ids", "token_type_ids"]
+    assert names(type_vocab_size=1, protect_question=True, **span) == ["input_ids", "question_length"]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +97,9 @@ def test_onnx_answers_as_the_model(head, prune_mode, changes, tmp_path):
     assert names == SingleSequence(model).input_names
     assert [node.name for node in session.get_outputs()] == ["logits", "kept"]
     for ids in random_sequences(6, seed=2):
-        inputs = dict(zip(names, (np.array([ids]), np.array([segments(ids)]))))
-        logits, kept = session.run(None, inputs)
-        expected = model(pack([ids], [segments(ids) if len(names) > 1 else [0] * len(ids)]))
+        logits, kept = session.run(None, {name: inputs_of(ids)[name].numpy() for name in names})
+        read = segments(ids) if "token_type_ids" in names else [0] * len(ids)
+        expected = model(pack([ids], [read], [question_length(ids)]))
         np.testing.assert_allclose(logits if head == "sequence" else logits[0], expected.logits, atol=1e-5)
         assert kept.tolist() == expected.kept[:, 0].tolist()
         dropped += len(ids) - int(kept[-2])

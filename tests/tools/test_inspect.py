@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from model import Dense, TopK, macs, pack, topk_rates
+from model import Dense, TopK, macs, topk_rates
 from support.checkpoint import load_model, save_model
 from support.errors import InputError
 from support.process import Process
+from tasks.base import pack_encoded
 from tools.inspect import describe_answer, examine, page, print_example, print_examples, relative_importance
 from tools.predict import Predictor, pruning_name
 
@@ -41,11 +42,11 @@ def test_examples_agree_with_the_model(hard):
     records = [("a", {"text": "the road was not excellent at all."}), ("b", {"text": "one", "text_pair": "two"})]
     examples = examine(predictor, records)
     assert [example["text"] for example in examples] == ["the road was not excellent at all.", "one / two"]
-    for example, (token_ids, segment_ids) in zip(examples, predictor.prepare(records).encoded):
-        batch, config = pack([token_ids], [segment_ids]), predictor.model.config
+    for example, encoded in zip(examples, predictor.prepare(records).encoded):
+        batch, config = pack_encoded([encoded]), predictor.model.config
         with torch.inference_mode():
             output, dense = predictor.model(batch), predictor.model(batch, Dense())
-        n = len(token_ids)
+        token_ids, n = encoded.token_ids, len(encoded.token_ids)
         assert example["tokens"] == predictor.reader.tokenizer.tokens(token_ids) and example["tokens"][0] == "<s>"
         assert [len(layer["alive"]) for layer in example["layers"]] == output.kept[:, 0].tolist()
         assert 0 < len(example["layers"][-1]["alive"]) < n

@@ -99,7 +99,7 @@ def test_a_score_is_the_answer_of_a_regression(demo, tmp_path):
     "line, message",
     [
         ('{"words": "a"}', 'expected an object with "text"'),
-        ("[1]", "expected an object"),
+        ("[1]", "expected a JSON object"),
         ("{", "not JSON"),
         ('{"text": 3}', "must be strings"),
         ('{"token_ids": [700]}', "whole numbers from 0 to 599"),
@@ -120,7 +120,7 @@ def test_files_without_lines_or_of_another_encoding_are_refused(hard, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n')
     with pytest.raises(InputError, match="empty.jsonl: holds no lines"):
         predict_file(predictor(hard), tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
-    with pytest.raises(InputError, match="latin.jsonl, after line .*: not UTF-8"):
+    with pytest.raises(InputError, match="latin.jsonl.*: not UTF-8"):
         predict_file(predictor(hard), tmp_path / "latin.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(InputError, match="is the input; choose another file"):
         predict_file(predictor(hard), tmp_path / "empty.jsonl", tmp_path / "empty.jsonl")
@@ -190,7 +190,7 @@ def test_a_long_context_is_answered_from_several_windows(questions):
     (single,) = reader.answer([("line", {"question": "Who?", "context": "Ada."})])
     assert several["id"] == 7 and several["windows"] > 1 and single["windows"] == 1 and "id" not in single
     assert several["kept"] == 4 * [several["tokens"]] and several["tokens"] > reader.reader.max_length
-    with pytest.raises(InputError, match='line: expected an object with "question" and "context"'):
+    with pytest.raises(InputError, match="line: .question. is missing"):
         reader.answer([("line", {"text": "where"})])
 
 
