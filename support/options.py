@@ -80,7 +80,8 @@ data_options = table(
         type=ANY_PATH,
         metavar="PATH",
         help="A folder with train.* and dev.*, or one file. Formats: GLUE's TSV, .csv, .tsv, .jsonl, .parquet; for "
-        "SQuAD also .json; for --tagging also .conll; all but .parquet also as .gz.  [default: the task's data on the hub]",
+        "SQuAD also .json; for --tagging also .conll; all but .parquet also as .gz.  [default: the task's data on "
+        "the hub]",
     ),
     click.option(
         "--dev-data",
@@ -361,8 +362,9 @@ predict_options = table(
         "input_file",
         metavar="FILE",
         type=ANY_PATH,
-        help='JSON lines, a file or "-" for standard input: {"text": …}, {"text": …, "text_pair": …} or {"token_ids": […]}; for a tagger also {"words": '
-        '[…]}; for questions {"question": …, "context": …}. The answer repeats an "id".',
+        help='JSON lines, a file or "-" for standard input: {"text": …}, {"text": …, "text_pair": …} or {"token_ids": '
+        '[…]}; for a tagger also {"words": […]}; for questions {"question": …, "context": …}. The answer repeats '
+        'an "id".',
     ),
     click.option(
         "--output",

@@ -24,10 +24,11 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 TOLERANCE = 1e-5
 PIECES = [
-    "Hello world", "naïve café", "Ångström", "e\u0301tude", "中文字符", "日本語テスト", "한국어", "😀", "👩‍👩‍👧", "مرحبا بالعالم",
-    "שלום", "I'll don't", "1,234.5", "a@x.org", "\t", "  ", "\n", "\u00a0", "\u200b", "\u3000", "\x07", "ﬁ ½ ２", "—’",
-    "HELLO", "İstanbul", "straße", "<url>", "[E1] Apple [/E1]", "<user>", "<USER>", "[e1]",
-    "<s>", "</s>", "<pad>", "<mask>", "<unk>", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "▁", "Ġ", "##ing",
+    "Hello world", "naïve café", "Ångström", "e\u0301tude", "中文字符", "日本語テスト", "한국어", "😀",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467", "مرحبا بالعالم", "שלום", "I'll don't", "1,234.5", "a@x.org",
+    "\t", "  ", "\n", "\xa0", "\u200b", "\u3000", "\x07", "ﬁ ½ ２", "—’", "HELLO", "İstanbul", "straße", "<url>",
+    "[E1] Apple [/E1]", "<user>", "<USER>", "[e1]", "<s>", "</s>", "<pad>", "<mask>", "<unk>", "[CLS]", "[SEP]",
+    "[PAD]", "[MASK]", "[UNK]", "▁", "Ġ", "##ing",
 ]  # fmt: skip
 ADDED = ["<url>", "<user>", "[E1]", "[/E1]", "Apple", "ld"]
 HEADS = {"sequence": "SequenceClassification", "token": "TokenClassification", "span": "QuestionAnswering"}
@@ -272,7 +273,10 @@ def their_answers(folder: Path, texts: list[tuple[str, str | None]], max_length:
 
 
 def compare(seed: int, folder: Path) -> str:
-    """ "equal", "they fail: ..." or "refused: ..." of the folder of a seed. Raises: AssertionError if answers differ."""
+    """Of the folder of a seed: "equal", "they fail: ..." or "refused: ...".
+
+    Raises: AssertionError if answers differ.
+    """
     from support.errors import InputError
     from support.process import Process
     from tools.predict import Predictor

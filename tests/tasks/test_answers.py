@@ -216,7 +216,10 @@ def definition(answer: str, references: list[str]) -> tuple[int, float]:
 
 def test_metrics_of_a_thousand_predictions_are_the_definitions():
     draw = random.Random(5)
-    pieces = ["the", "The", "a", "an", "An", "river", "Elbe", "elbe,", "(Elbe)", "1,386", "m.", "über", "ÜBER", "—", "-", "it's", "", "the-sea", "a.", "中文", "ﬁn", "\u00a0", "x"]  # fmt: skip
+    pieces = [
+        "the", "The", "a", "an", "An", "river", "Elbe", "elbe,", "(Elbe)", "1,386", "m.", "über", "ÜBER", "—", "-",
+        "it's", "", "the-sea", "a.", "中文", "ﬁn", "\u00a0", "x",
+    ]  # fmt: skip
 
     def text() -> str:
         return draw.choice([" ", " ", "  ", ""]).join(draw.choices(pieces, k=draw.randrange(0, 5)))

@@ -20,9 +20,9 @@ from tasks.readers import read_rows
 
 COUNT = int(os.environ.get("LTP_TABLES", 120))
 CELLS = [
-    "plain", "", " ", "  blanks around ", 'a "quoted" word', '"', "it's", "a,b;c", "tab\there", "two\nlines", "cr\rhere",
-    "é ü 中文", "😀", "nan", "NaN", "null", "None", "NA", "true", "0", "-1", "1.50", "1e5", "0x10", "\\", "\\n", "#", "\u00a0",
-    "\u2028", "[1, 2]", '{"a": 1}', "<s>", "ﬁ",
+    "plain", "", " ", "  blanks around ", 'a "quoted" word', '"', "it's", "a,b;c", "tab\there", "two\nlines",
+    "cr\rhere", "é ü 中文", "😀", "nan", "NaN", "null", "None", "NA", "true", "0", "-1", "1.50", "1e5", "0x10", "\\",
+    "\\n", "#", "\u00a0", "\u2028", "[1, 2]", '{"a": 1}', "<s>", "ﬁ",
 ]  # fmt: skip
 LABELS: list[Any] = ["yes", "no", " yes ", "nan", 0, 1, 2, -1, 1.0, 0.5, True, False, "1", "True", "é", 10**12]
 NO_LABELS: list[Any] = [None, float("nan"), "", " ", [1], ["a"], {"a": 1}, float("inf"), []]
