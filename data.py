@@ -6,7 +6,6 @@ The functions that use `datasets` and pyarrow import them: `predict` does withou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ class Examples:
     lengths: np.ndarray  # (N,) int64
     targets: np.ndarray  # what the loss compares with: (N,) classes or scores, (N, 2) spans, (ΣT,) a label a token
     truncated: int = 0  # examples that were cut to the maximum length
-    torn: int = 0  # lines of the file that are no example and were left out
+    left_out: int = 0  # torn lines of the file, or questions without an answer
     details: Any = None  # what else the task needs to judge answers
     question_lengths: np.ndarray | None = None  # (N,) int64, see `model.Batch`; None: there are no questions
     teacher: Tensor | None = None  # (N, C) or (ΣT, C) float32, logits of the model to learn from
@@ -138,11 +137,13 @@ def cached_table(generate: Callable[[], Iterator[dict]], features: dict[str, Any
         while cause is not None:  # the library wraps what its generator raises
             if isinstance(cause, InputError):
                 raise cause from None
-            if isinstance(cause, (OSError, ArrowException, json.JSONDecodeError)):
+            generated = isinstance(error, datasets.exceptions.DatasetGenerationError)
+            if isinstance(cause, (OSError, ArrowException)) or not generated:
+                reason = (str(cause).splitlines() or [type(cause).__name__])[0]
                 raise InputError(
-                    f"{datasets.config.HF_DATASETS_CACHE}: the cache of tokenized data is full or damaged "
-                    f"({str(cause).splitlines()[0]}); make room there, remove generator/default-fingerprint={key}, or "
-                    "name another folder with HF_DATASETS_CACHE"
+                    f"{datasets.config.HF_DATASETS_CACHE}: the cache of tokenized data cannot be used ({reason}); make "
+                    f"room there, remove generator/default-fingerprint={key}, or name another folder with "
+                    "HF_DATASETS_CACHE"
                 ) from None
             cause = cause.__cause__ or cause.__context__
         raise

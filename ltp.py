@@ -29,7 +29,7 @@ from support.options import (
     stage_options,
     sweep_options,
 )
-from support.program import Program, hyphens
+from support.program import Program, hyphens, run
 from support.settings import STAGES, PruningOptions, Settings, check_settings, soft_target
 
 
@@ -325,7 +325,7 @@ def predict(text: str | None, **options: Any) -> None:
     if file and str(file) == "-":
         file = Path("/dev/stdin")
     if file and (not file.exists() or file.is_dir()):
-        raise InputError(f"--input {file}: no such file")
+        raise InputError(f"--input {file}: {'is a folder; name a file' if file.exists() else 'no such file'}")
     from support.checkpoint import find_model
     from support.console import quiet, screen
     from support.files import json_line
@@ -449,4 +449,4 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -173,7 +173,13 @@ class Batch(NamedTuple):
     question_lengths: Tensor  # (B,) tokens at the start that belong to the question, of heads that answer one; else 0
 
     def to(self, device: Any) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(send(tensor, device) for tensor in self))
+
+
+def send(x: Tensor, device: Any) -> Tensor:
+    """A tensor on a device. From the host to a GPU it is copied while the program goes on."""
+    pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
+    return pinned.to(device, non_blocking=True)
 
 
 def pack(
@@ -454,15 +460,17 @@ class Uncounted(Dense):
 
 
 def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q · k / √d + bias), in float32.
+    """softmax(q · k / √d + bias), in float32 also of bf16 factors: rounded, it would keep other tokens.
 
     query (b, H, q, d), key (b, H, n, d), bias (b, 1, 1, n) -> (b, H, q, n).
     """
     b, H, n, d = key.shape
     beta = 0 if bias is None else 1  # with 0, baddbmm ignores its first argument
-    bias = query.new_zeros(1, 1, 1) if bias is None else bias.to(query.dtype).expand(b, H, 1, n).flatten(0, 1)
-    logits = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=d**-0.5, beta=beta)
-    return logits.softmax(-1, dtype=torch.float32).unflatten(0, (b, H))
+    query, key = query.flatten(0, 1).float(), key.flatten(0, 1).float()
+    bias = query.new_zeros(1, 1, 1) if bias is None else bias.expand(b, H, 1, n).flatten(0, 1)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = torch.baddbmm(bias, query, key.mT, alpha=d**-0.5, beta=beta)
+    return logits.softmax(-1).unflatten(0, (b, H))
 
 
 def attend_and_score(

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import IGNORED, Examples, chunked, epoch_batches, token_batches
-from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, Uncounted, macs
+from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, Uncounted, macs, send
 from support.errors import InputError, Interrupted
 from support.process import Process
 from support.settings import Settings
@@ -150,9 +150,19 @@ def scale_thresholds(
 ) -> float | None:
     """Multiplies the thresholds by the factor with which `count` of the examples take `target` of the dense FLOPs.
 
-    Finds the factor by bisection, dropping tokens as inference does, and returns it. Returns None, and leaves the
-    thresholds as they were, where no factor prunes enough.
+    The main process finds the factor, and all take it. Returns it; None, with the thresholds as they were, where no
+    factor prunes enough.
     """
+    start = model.thresholds.detach().clone()
+    factor = find_factor(model, examples, target, process, count) if process.main else None
+    factor = process.broadcast(factor)
+    model.thresholds.data.copy_(start * (factor or 1.0))
+    return factor
+
+
+@torch.inference_mode()
+def find_factor(model: Model, examples: Examples, target: float, process: Process, count: int) -> float | None:
+    """The factor of `scale_thresholds`, by bisection, dropping tokens as inference does. Changes the thresholds."""
     model.eval()
     sample = np.random.default_rng(0).permutation(len(examples))[:count]
     sample = sample[np.argsort(examples.lengths[sample], kind="stable")]
@@ -172,12 +182,10 @@ def scale_thresholds(
     while cost(high) > target and high <= 10_000:
         low, high = high, 2 * high
     if high > 10_000:
-        model.thresholds.copy_(start)
         return None
     for _ in range(9):
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    model.thresholds.copy_(start * high)
     return high
 
 
@@ -310,7 +318,7 @@ class Trainer:
         """Runs some examples. Returns three sums over them: the loss (the task's mixed with the teacher's), the
         multiply-accumulates by the soft counts, and the soft masks. The last two are 0 in other stages."""
         batch = self.train_set.batch(indices).to(self.process.device)
-        targets = self.task.targets(self.train_set, indices).to(self.process.device)
+        targets = send(self.task.targets(self.train_set, indices), self.process.device)
         with self.process.autocast():
             output = self.replica(batch, self.pruner())
         lengths = torch.from_numpy(self.train_set.lengths[indices])  # on the host
@@ -318,7 +326,7 @@ class Trainer:
         loss = task_loss(choices, targets)
         if self.train_set.teacher is not None:
             rows = indices if self.task.head == "sequence" else self.train_set.rows(indices)
-            teacher = self.task.choices(self.train_set.teacher[rows].to(self.process.device), lengths)
+            teacher = self.task.choices(send(self.train_set.teacher[rows], self.process.device), lengths)
             weight = self.settings.distill_weight
             loss = (1 - weight) * loss + weight * distillation_loss(choices, teacher, targets)
         if self.stage != "soft":
@@ -406,11 +414,13 @@ def predict_logits(
     batch_size: int,
     pruner: Dense | None = None,
     max_tokens: int | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Logits of each of N examples, (C,) or (n, C), and tokens kept (L, N), in the examples' order, on every process.
 
     Sequences of similar length run together. Each process takes every world-th of them. max_tokens: limit of a batch,
-    where it is fewer than `batch_size` examples have. pruner: default, the model's own.
+    where it is fewer than `batch_size` examples have. pruner: default, the model's own. check: called before each
+    batch; it may raise.
     """
     model.eval()
     pruner = model.pruner() if pruner is None else pruner
@@ -418,6 +428,7 @@ def predict_logits(
     logits: list[np.ndarray] = []
     kept = [torch.empty(model.config.num_hidden_layers, 0, dtype=torch.int64)]
     for indices in token_batches(order, examples.lengths, batch_size, max_tokens):
+        check()
         with process.autocast():
             output = model(examples.batch(indices).to(process.device), pruner)
         rows = by_sequence(output.logits.float().cpu(), examples.lengths[indices].tolist(), model.config.head)
@@ -442,6 +453,18 @@ def mean_loss(task: Task, sets: dict[str, Examples], logits: dict[str, list[np.n
     return total / count
 
 
+def judge(
+    task: Task, sets: dict[str, Examples], logits: dict[str, list[np.ndarray]]
+) -> tuple[dict[str, float], float, float]:
+    """Metrics of all sets, the score of the first, and the mean loss."""
+    metrics, scores = {}, []
+    for suffix, examples in sets.items():
+        values, score = task.judge(examples, logits[suffix])
+        metrics |= {f"{name}{suffix}": value for name, value in values.items()}
+        scores.append(score)
+    return metrics, scores[0], mean_loss(task, sets, logits)
+
+
 def evaluate(
     model: Model,
     task: Task,
@@ -450,29 +473,28 @@ def evaluate(
     batch_size: int = 32,
     pruner: Dense | None = None,
     max_tokens: int | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> tuple[Evaluation, dict[str, list[np.ndarray]]]:
     """Evaluates on one set, or on several (MNLI has two): the first gives the score, all give metrics and FLOPs.
 
     sets: examples by the suffix of their metrics. The other arguments are those of `predict_logits`. Returns the
-    evaluation, and each set's logits.
+    evaluation, and each set's logits. The main process judges them.
     """
-    metrics, scores, logits, counts, seconds = {}, [], {}, [], 0.0
+    logits, counts, seconds = {}, [], 0.0
     for suffix, examples in sets.items():
         start = time.perf_counter()
-        logits[suffix], kept = predict_logits(model, examples, process, batch_size, pruner, max_tokens)
+        logits[suffix], kept = predict_logits(model, examples, process, batch_size, pruner, max_tokens, check)
         seconds += time.perf_counter() - start
-        values, score = task.judge(examples, logits[suffix])
-        metrics |= {f"{name}{suffix}": value for name, value in values.items()}
-        scores.append(score)
         counts.append(torch.from_numpy(kept))
+    metrics, score, loss = process.broadcast(judge(task, sets, logits) if process.main else None)
     lengths = torch.cat([torch.from_numpy(examples.lengths) for examples in sets.values()])
     kept, count = torch.cat(counts, 1), len(lengths)
     used = int(macs(model.config, lengths, kept).sum())
     dense = int(macs(model.config, lengths, lengths.expand(len(kept), -1)).sum())
     evaluation = Evaluation(
         metrics=metrics,
-        score=scores[0],
-        loss=mean_loss(task, sets, logits),
+        score=score,
+        loss=loss,
         examples=count,
         gflops=2e-9 * used / count,
         dense_gflops=2e-9 * dense / count,
@@ -518,48 +540,79 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
     state: what `run.save_state` was given, to go on from there. Evaluation prunes as inference will.
     Raises: InputError when loss or gradient are not finite any more; Interrupted after a signal, with the state saved.
     """
-    best, losses, times = None, [], []
+    best, losses, times, due = None, [], [], None
     if state:
         trainer.load_state(state)
-        best, losses = state["best"], state["losses"]
+        best, losses, due = state["best"], state["losses"], state.get("due")
         state = None  # frees its copy of the model
     try:
+        if due is not None:  # the run was stopped on the way to this evaluation, or before its end
+            best, losses = assess(trainer, dev_sets, run, best, losses, flops=due), []
         for indices in trainer.batches():
             start = time.perf_counter()
             result = trainer.step(indices, stop=lambda: run.stop_signal is not None)
             times.append(time.perf_counter() - start)
             losses.append(result.loss)
             run.note(trainer, result.loss, best)
-            last = trainer.completed == trainer.steps
-            evaluated = last or trainer.completed % trainer.save_steps == 0
-            if evaluated:
-                record = evaluation_record(trainer, dev_sets, result, losses)
-                saved = best is None or is_better(record, best, trainer.settings)
-                best, losses = record if saved else best, []
-                run.record(trainer, record, saved)
-            if not last and (evaluated or result.stop):
-                run.save_state(trainer.state() | {"best": best, "losses": losses})
-            if not last and result.stop:
-                raise Interrupted(
-                    f"stopped after step {trainer.completed} of {trainer.steps}; "
-                    "the same command with --resume goes on",
-                    run.stop_signal or signal.SIGTERM,  # another process's signal
-                )
+            if trainer.completed == trainer.steps or trainer.completed % trainer.save_steps == 0:
+                due = result.relative_flops
+            else:
+                due = None
+            if due is not None or result.stop:
+                # Saved before the evaluation: whatever ends the run during it, a resumed one begins with it.
+                run.save_state(trainer.state() | {"best": best, "losses": losses, "due": due})
+            if result.stop:
+                raise interrupted(trainer, run)
+            if due is not None:
+                best, losses = assess(trainer, dev_sets, run, best, losses, flops=due), []
     except FloatingPointError as error:
         raise InputError(f"{error}. {run.last_checkpoint()}") from None
     median, mean = (float(f(times)) if times else math.nan for f in (np.median, np.mean))
     return Result(best, trainer.steps, median, mean)
 
 
-def evaluation_record(
-    trainer: Trainer, dev_sets: dict[str, Examples], result: StepResult, losses: list[float]
-) -> dict[str, Any]:
-    """Meets the target, evaluates, and describes both. losses: of the steps since the last evaluation.
+def interrupted(trainer: Trainer, run: Run) -> Interrupted:
+    """The error after a signal, when the state is saved."""
+    message = f"stopped after step {trainer.completed} of {trainer.steps}; the same command with --resume goes on"
+    return Interrupted(message, run.stop_signal or signal.SIGTERM)  # without one, it was another process's signal
 
-    Raises: FloatingPointError for a loss that is not finite.
+
+def assess(
+    trainer: Trainer,
+    dev_sets: dict[str, Examples],
+    run: Run,
+    best: dict[str, Any] | None,
+    losses: list[float],
+    flops: float,
+) -> dict[str, Any]:
+    """Evaluates, has the run keep the checkpoint if it is the best, and returns the record of the best."""
+
+    def check() -> None:
+        if run.stop_signal is not None:
+            raise interrupted(trainer, run)
+
+    record = evaluation_record(trainer, dev_sets, losses, flops, check)
+    saved = best is None or is_better(record, best, trainer.settings)
+    run.record(trainer, record, saved)
+    return record if saved else best
+
+
+def evaluation_record(
+    trainer: Trainer,
+    dev_sets: dict[str, Examples],
+    losses: list[float],
+    flops: float,
+    check: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Meets the target, evaluates, and describes both.
+
+    losses: of the steps since the last evaluation. flops: relative, of the last step's soft masks. check: see
+    `predict_logits`. Raises: FloatingPointError for a loss that is not finite.
     """
     scale = trainer.meet_target()
-    evaluation, _ = evaluate(trainer.model, trainer.task, dev_sets, trainer.process, trainer.settings.batch_size)
+    evaluation, _ = evaluate(
+        trainer.model, trainer.task, dev_sets, trainer.process, trainer.settings.batch_size, check=check
+    )
     if not math.isfinite(evaluation.loss):
         raise FloatingPointError(f"step {trainer.completed}: the loss is not finite any more; lower the learning rate")
     record: dict[str, Any] = {
@@ -568,7 +621,7 @@ def evaluation_record(
         "train_loss": sum(losses) / len(losses),
     }
     if trainer.stage == "soft":
-        record |= {"soft_relative_flops": result.relative_flops, "lambda": trainer.regularization}
+        record |= {"soft_relative_flops": flops, "lambda": trainer.regularization}
     if scale:
         record |= {"threshold_scale": scale}
     by_threshold = PRUNE_MODES[trainer.stage] == "absolute_threshold"

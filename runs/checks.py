@@ -59,9 +59,12 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...]:
     return labels
 
 
-def describe_torn(count: int) -> str:
-    """Says that `count` lines were left out; "" if none was."""
-    return f"{plural(count, 'torn line')} {'was' if count == 1 else 'were'} left out" if count else ""
+def describe_left_out(task: Task, count: int) -> str:
+    """Says that `count` lines or questions were left out; "" if none was."""
+    if not count:
+        return ""
+    what = plural(count, "question" if task.head == "span" else "torn line")
+    return f"{what}{' without an answer' * (task.head == 'span')} {'was' if count == 1 else 'were'} left out"
 
 
 def describe_cut(task: Task, count: int, max_length: int) -> str:

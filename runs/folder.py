@@ -33,6 +33,9 @@ STATES = "resume"  # subfolder with the states
 # What the log calls the training pass of a stage.
 PASSES = {"finetune": "none", "soft": "soft", "hard": "hard", "manual": "hard", "topk": "topk"}
 
+# What a run depends on beside its settings; the log holds a digest of each.
+CONTENT = {"data": "data", "restore": "a model", "tokenizer": "a tokenizer", "distill": "a teacher"}
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder
 
@@ -95,7 +98,10 @@ def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises: OSError; ValueError for a line that is not JSON.
     """
     for line in log.read_text(encoding="utf-8").split("\n")[:-1]:
-        yield line + "\n", json.loads(line)
+        record = json.loads(line)
+        if not isinstance(record, dict) or "event" not in record:
+            raise ValueError("not a record of a run")
+        yield line + "\n", record
 
 
 def finished(log: Path) -> dict[str, Any] | None:
@@ -112,10 +118,10 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
     A log that does not exist passes. A setting of another version passes if it was off.
     """
     try:
-        first = json.loads(log.read_text(encoding="utf-8").split("\n", 1)[0])
+        _, first = next(read_log(log))
     except FileNotFoundError:
         return
-    except ValueError:
+    except (ValueError, StopIteration):
         raise InputError(f"{log}: damaged; remove it, or pass --overwrite, to start again") from None
     for name, value in sorted(first.get("settings", {}).items()):
         if name not in header["settings"] and value:
@@ -127,11 +133,12 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
     for name in header:
         if name not in ("settings", "content", *places) and header[name] != first.get(name):
             raise other_setting(log, name, logged=first.get(name), current=header[name])
-    for name in places:  # a file may have moved, or be spelled otherwise
+    for name, what in CONTENT.items() if places else ():  # a file may have moved, or be spelled otherwise
         if header["content"].get(name) != first["content"].get(name):
+            option = "restore" if name == "tokenizer" else name
             raise InputError(
-                f"{log}: the run was started with other content in --{name} {first[name]}, or the files there have "
-                f"changed; give it the same {'data' if name == 'data' else 'model'}, or pass --overwrite to start again"
+                f"{log}: the run was started with {what} of other content, --{option} {first[option]}; give it the "
+                "same again, or pass --overwrite to start again"
             )
     for name, value in header["settings"].items():
         if value != first.get("settings", {}).get(name):
@@ -297,7 +304,7 @@ class RunFolder:
             lines = [
                 line
                 for line, record in read_log(self.log)
-                if record["event"] == "start" or record["step"] <= state["step"]
+                if record["event"] == "start" or record["step"] < state["step"] + (state.get("due") is None)
             ]
             write_text(self.log, "".join(lines))
 

@@ -18,11 +18,11 @@ import torch
 from data import Examples
 from model import Config, Dense, Model, threshold_ladder
 from runs.budget import protected_tokens, rate_for_budget, starting_thresholds
-from runs.checks import check_pruning, check_task, describe_cut, describe_torn, known_labels, length_limit
+from runs.checks import check_pruning, check_task, describe_cut, describe_left_out, known_labels, length_limit
 from runs.folder import LOG, RunFolder, check_output, check_same_run, clear_states, find_tensorboard, finished, read_log
 from runs.teacher import ask_teacher
 from support.checkpoint import folder_digest, load_config, load_model
-from support.cpu import pack_weights, use_fast_dropout
+from support.devices import for_inference, for_training
 from support.errors import InputError
 from support.files import cached_name
 from support.process import Process
@@ -100,7 +100,7 @@ def run_stage(
     for note in plan.notes:
         show(f"note: {note}")
     show_counts(request.source.task, plan.max_length, train_set=train_set, dev_sets=dev_sets, show=show)
-    model = use_fast_dropout(model.to(process.device))
+    model = for_training(model, process, request.stage)
     trainer = Trainer(
         model,
         stage=request.stage,
@@ -149,7 +149,7 @@ def make_plan(request: StageRequest) -> Plan:
         max_length=max_length,
         tokenizer=tokenizer,
         folder=output,
-        header=log_header(request),
+        header=log_header(request, tokenizer),
         notes=notes,
     )
 
@@ -200,7 +200,7 @@ def choose_length(request: StageRequest, config: Config, notes: list[str]) -> in
     return default
 
 
-def log_header(request: StageRequest) -> dict[str, Any]:
+def log_header(request: StageRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the log says about the run besides its settings. A resumed run must say the same."""
     source = request.source
     folders = {"restore": request.restore, "distill": request.distill}
@@ -212,7 +212,7 @@ def log_header(request: StageRequest) -> dict[str, Any]:
         "dev_data": str(source.dev_path) if source.dev_path else None,
         "restore": str(request.restore),
         "distill": str(request.distill) if request.distill else None,
-        "content": {"data": source.digest()} | digests,
+        "content": {"data": source.digest(), "tokenizer": tokenizer.identity[:16]} | digests,
         **asdict(request.options),
     }
     if source.task.name == "custom":
@@ -234,15 +234,14 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
 
 def finished_result(plan: Plan, settings: Settings, process: Process) -> Result | None:
     """The result of a run that has come to its end; None for any other. Raises: InputError if its settings differ."""
-    log = plan.folder / LOG
-    best = finished(log)
-    if not best:
-        return None
-    check_same_run(log, plan.header | {"settings": asdict(settings), "precision": process.precision})
-    if process.main:
+    log, found = plan.folder / LOG, None
+    if process.main and (best := finished(log)):  # other machines may not have the folder
+        check_same_run(log, plan.header | {"settings": asdict(settings), "precision": process.precision})
         clear_states(plan.folder)  # a kill right after the last line left them
-    _, first = next(read_log(log))
-    return Result(best, steps=first["steps"], seconds_per_step=math.nan, mean_seconds_per_step=math.nan)
+        _, first = next(read_log(log))
+        found = best, first["steps"]
+    found = process.broadcast(found)
+    return Result(*found, seconds_per_step=math.nan, mean_seconds_per_step=math.nan) if found else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,7 +298,7 @@ def show_counts(task: Task, max_length: int, train_set: Examples, dev_sets: dict
     """Shows how many examples there are, how long they are, and how many were cut."""
     for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
         facts = [f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average"]
-        facts += [describe_cut(task, examples.truncated, max_length), describe_torn(examples.torn)]
+        facts += [describe_cut(task, examples.truncated, max_length), describe_left_out(task, examples.left_out)]
         show("; ".join(fact for fact in facts if fact))
 
 
@@ -349,10 +348,10 @@ def evaluate_checkpoint(
     for note in notes:
         show(f"note: {note}")
     cut = describe_cut(source.task, sum(examples.truncated for examples in sets.values()), limit)
-    for fact in (cut, describe_torn(sum(examples.torn for examples in sets.values()))):
+    for fact in (cut, describe_left_out(source.task, sum(examples.left_out for examples in sets.values()))):
         if fact:
             show(fact)
-    model, pruner = pack_weights(model.to(process.device)), Dense() if options.dense else None
+    model, pruner = for_inference(model, process), Dense() if options.dense else None
     evaluation, logits = evaluate(
         model,
         source.task,

@@ -16,7 +16,7 @@ from model import Config
 from runs.budget import lowest_rate, protected_tokens, topk_flops
 from runs.checks import check_pruning, known_labels, length_limit
 from runs.stage import EvaluationOptions, Progress, Show, StageRequest, evaluate_checkpoint, run_stage
-from support.checkpoint import load_config
+from support.checkpoint import folder_digest, load_config
 from support.errors import InputError
 from support.files import write_json, write_text
 from support.process import Process, usual_precision
@@ -93,10 +93,21 @@ def run_sweep(
     rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
     conditions = sweep_conditions(request, process)
     for name, value in conditions.items():
-        earlier = rows.get("dense", {}).get(name, value)
-        if earlier != value:
+        begun = rows.get("dense", {})
+        earlier, digests = begun.get(name, value), begun.get("content")
+        if digests and name in (
+            "folder",
+            "data",
+            "dev_data",
+            "content",
+        ):  # files may have moved, or be spelled otherwise
+            same = name not in digests or digests[name] == conditions["content"][name]
+        else:
+            same = earlier == value
+        if not same:
+            changed = "of other content" if earlier == value else f"not {value}"
             raise InputError(
-                f"{results}: the sweep there was begun with {name} = {earlier}, not {value}; choose another --output"
+                f"{results}: the sweep there was begun with {name} = {earlier}, {changed}; choose another --output"
             )
     config = load_config(request.restore)
     config = replace(config, max_seq_length=request.max_seq_length or config.max_seq_length)
@@ -262,6 +273,7 @@ def sweep_conditions(request: SweepRequest, process: Process) -> dict[str, Any]:
         "data": source.path and str(source.path),
         "dev_data": source.dev_path and str(source.dev_path),
         "precision": process.precision,
+        "content": {"folder": folder_digest(request.restore), "data": source.digest()},
     }
 
 

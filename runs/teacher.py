@@ -17,7 +17,7 @@ from data import CACHE_VERSION, Examples
 from model import Config, Dense, Model
 from runs.checks import check_task, length_limit
 from support.checkpoint import load_config, load_model
-from support.cpu import pack_weights
+from support.devices import for_inference
 from support.errors import InputError
 from support.files import write_file
 from support.process import Process
@@ -58,7 +58,7 @@ def ask_teacher(
             return load_file(path)["logits"]
         except (SafetensorError, KeyError) as error:
             raise InputError(f"{path}: the teacher's answers in the cache are damaged ({error}); remove it") from None
-    teacher = pack_weights(teacher.to(process.device))
+    teacher = for_inference(teacher, process)
     rows = predict_logits(teacher, examples, process, batch_size=batch_size, pruner=Dense())[0]
     logits = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))
     if process.main:

@@ -97,7 +97,9 @@ def check_architecture(raw: dict, where: str) -> None:
         raise bad_value(raw, where, "quant_mode", remedy)
     if raw.get("problem_type") == "multi_label_classification":
         raise bad_value(raw, where, "problem_type", "not supported, one label per example is")
-    outputs = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
+    outputs = (
+        len(raw["id2label"]) if raw.get("id2label") and isinstance(raw["id2label"], dict) else raw.get("num_labels", 2)
+    )
     if raw.get("problem_type") == "regression" and outputs != 1:
         raise bad_value(raw, where, "problem_type", f"not supported with {outputs} outputs, one score per example is")
     if raw.get("pruned_heads"):
@@ -146,12 +148,12 @@ def check_choices(raw: dict, where: str) -> None:
 def check_labels(raw: dict, where: str) -> None:
     """Raises InputError unless id2label, or num_labels where it is absent, gives each output a name of its own."""
     names = raw.get("id2label")
-    if names is None:
+    if names is None or names == {}:
         count = raw.get("num_labels", 2)
         if type(count) is not int or not 1 <= count <= 10**6:
             raise bad_value(raw, where, "num_labels", "expected a whole number of at least 1")
         return
-    valid = isinstance(names, dict) and names and all(type(name) in (str, int) for name in names.values())
+    valid = isinstance(names, dict) and names and all(type(name) in (str, int, float, bool) for name in names.values())
     if not valid or set(names) != {str(i) for i in range(len(names))}:
         raise bad_value(raw, where, "id2label", 'expected a name, or a number, for each id from "0" on without a gap')
     if len({str(name) for name in names.values()}) < len(names):
@@ -439,7 +441,7 @@ def check_tensor(tensor: Tensor | None, name: str, shape: tuple[int, ...], folde
         raise InputError(f"{folder}: the tensor {name} has shape {actual}, but config.json asks for {shape}")
     if not tensor.is_floating_point():
         raise InputError(f"{folder}: the tensor {name} is of type {tensor.dtype}, expected floating point")
-    if not tensor.isfinite().all():
+    if not tensor.float().isfinite().all():
         raise InputError(f"{folder}: the tensor {name} holds values that are not finite numbers")
 
 

@@ -89,11 +89,13 @@ def start_process(
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = False  # TF32 would round the factors of fp32 products
     if world > 1 and not dist.is_initialized():
         join_group(rank, world, "nccl" if chosen.type == "cuda" else "gloo")
     torch.manual_seed(seed + rank)  # dropout differs from rank to rank
-    return Process(rank, world, chosen, precision or usual_precision(chosen))
+    precision = precision or usual_precision(chosen)
+    # TF32 rounds the factors of fp32 products. Under autocast those are bf16 values, which lose nothing by it.
+    torch.backends.cuda.matmul.allow_tf32 = precision == "bf16"
+    return Process(rank, world, chosen, precision)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -132,8 +134,9 @@ def join_group(rank: int, world: int, backend: str) -> None:
 
 
 def usual_precision(device: torch.device) -> str:
-    """The precision without --precision: "bf16" on CUDA, else "fp32"."""
-    return "bf16" if device.type == "cuda" else "fp32"
+    """The precision without --precision: "bf16" on a GPU that multiplies it natively, else "fp32"."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 def synchronize(process: Process) -> None:

@@ -122,7 +122,7 @@ def squad_metrics(questions: list[Question], texts: dict[str, str]) -> dict[str,
     answerable = [question for question in questions if question.answers]
     unanswerable = [question for question in questions if not question.answers]
     if unanswerable:
-        metrics |= means("has_answer_", answerable)
+        metrics |= means("has_answer_", answerable) if answerable else {}
         metrics["no_answer_accuracy"] = means("", unanswerable)["exact"]
     return metrics
 

@@ -211,7 +211,9 @@ class Source:
         path, option = (self.dev_path, "--dev-data") if use_dev else (self.path, "--data")
         if not path.exists():
             raise InputError(f"{option} {path}: no such file or folder")
-        if path.is_file():
+        if not path.is_dir():
+            if not path.is_file():
+                raise InputError(f"{option} {path}: is no regular file; it is read more than once, so save it first")
             if split == "dev" and not use_dev:
                 raise InputError(f"--data {path}: is one file; name the file to evaluate on with --dev-data")
             return path

@@ -103,7 +103,7 @@ class Classification(Task):
                 table,
                 targets=_targets(table, labels, locations[suffix]),
                 truncated=int(table.data.column("truncated").to_numpy().sum()),
-                torn=torn[suffix],
+                left_out=torn[suffix],
             )
             for suffix, table in tables.items()
         }

@@ -21,8 +21,12 @@ from support.files import is_utf8, open_text
 
 Records = Iterator[tuple[int, dict]]  # (line, record)
 
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+LARGEST = 3.4e38  # about the largest number of float32
 TORN = object()  # the key of a record that has too few columns: what is wrong with it
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+# Comments before a sentence: "# text = ...", "# newpar", "# id 12 domain=en".
+COMMENT = re.compile(r"#\s*((newdoc|newpar)\b|\S+\s.*=|.* = )")
 CONLL_SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2")
 
 
@@ -189,17 +193,26 @@ def read_conll(path: Path, columns: Sequence[Any] = ()) -> Records:
 
     Yields {"words": [...], "labels": [...]} for each sentence, without labels where the file has words alone. Columns
     are separated by tabs, or, in a line without tabs, by blanks. "-DOCSTART-" lines count as blank lines, and
-    "# key = value" lines are comments. `columns` is not used: the file's columns have no names.
+    "# key = value" lines before a sentence are comments. `columns` is not used: the file's columns have no names.
     """
     rows: list[list[str]] = []  # the cells of the sentence's lines
     count, first_line = 0, 0  # how many columns the file has, and the line that shows it
     with open_text(path) as file:
         for number, line in enumerate(chain(file, [""]), 1):  # the blank line at the end closes the last sentence
             line = line.rstrip(" \t\n")
-            if line.startswith("# ") and " = " in line:
+            if not rows and COMMENT.match(line):
                 continue
             if not line or line.startswith("-DOCSTART-"):
                 if rows:
+                    if (
+                        count > 2
+                        and len(rows) > 2
+                        and [row[0] for row in rows] == [str(i + 1) for i in range(len(rows))]
+                    ):
+                        raise InputError(
+                            f"{path}, line {number - len(rows)}: the first column numbers the words; expected the word "
+                            "first and its tag last"
+                        )
                     tags = {"labels": [row[-1] for row in rows]} if count > 1 else {}
                     yield number - 1, {"words": [row[0] for row in rows]} | tags
                 rows = []
@@ -270,11 +283,12 @@ def is_text(value: Any) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text spells a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    """Whether a text spells a number that float32 holds.
+
+    >>> is_number("-1.5e3"), is_number("1_000"), is_number("1e39")
+    (True, False, False)
+    """
+    return bool(NUMBER.fullmatch(text)) and abs(float(text)) < LARGEST
 
 
 def label_order(name: str) -> tuple[int, float, str]:

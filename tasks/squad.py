@@ -233,9 +233,10 @@ class QuestionAnswering(Task):
         questions = list(rows)
         if split == "train" and (problem := next((q.problem for q in questions if q.problem), "")):
             raise InputError(problem)
+        count = len(questions)
         if self.name == "SQuAD":
             questions = [question for question in questions if question.answers]
-        if not any(question.answers for question in questions):
+        if not (any(question.answers for question in questions) or questions and split != "train"):
             raise InputError(f"{location}: no question has an answer; there is nothing to learn from or to judge by")
         key = f"windows {CACHE_VERSION} {self.name} {identity} {max_length} {tokenizer.identity}"
         table = _window_table(questions, tokenizer, max_length, hashlib.sha256(key.encode()).hexdigest()[:32])
@@ -245,6 +246,7 @@ class QuestionAnswering(Task):
             table,
             targets=spans,
             truncated=len(truncated.unique()),
+            left_out=count - len(questions),
             details=Windows(questions, table),
             question_lengths=table.data.column("question_length").to_numpy().astype(np.int64),
         )

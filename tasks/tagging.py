@@ -123,8 +123,9 @@ def align(tokenizer: Tokenizer, sentences: list[Sentence], max_length: int) -> l
     the last token, so that every word that was not cut off has a token to label.
     """
     tokenizer.backend.enable_truncation(max_length)  # on the right, so that each word's first token is there or not
-    # In byte-level BPE the blank belongs to the word; tokenizers without blanks drop it.
-    texts = [[f" {word}" if i else word for i, word in enumerate(sentence.words)] for sentence in sentences]
+    # In byte-level BPE the blank belongs to the word, and some tokenizers put it there; those without blanks drop it.
+    blank = "" if getattr(tokenizer.backend.pre_tokenizer, "add_prefix_space", False) else " "
+    texts = [[blank + word if i else word for i, word in enumerate(sentence.words)] for sentence in sentences]
     aligned = []
     for sentence, encoding in zip(sentences, tokenizer.run(texts, is_pretokenized=True)):
         starts: dict[int, int] = {}
@@ -132,6 +133,8 @@ def align(tokenizer: Tokenizer, sentences: list[Sentence], max_length: int) -> l
             if word is not None:
                 starts.setdefault(word, position)
         truncated = bool(encoding.overflowing)
+        if truncated:
+            tokenizer.refuse_left("sentences")
         count = max(starts, default=-1) + 1 if truncated else len(sentence.words)
         first, position = [], len(encoding.ids) - 1
         for word in reversed(range(count)):

@@ -80,7 +80,10 @@ class Tokenizer:
 
     def run(self, inputs: list[Any], **options: bool) -> list[tokenizers.Encoding]:
         """`encode_batch` of the backend. Raises: InputError for a token that the model has no embedding for."""
-        encodings = self.backend.encode_batch(inputs, **options)
+        try:
+            encodings = self.backend.encode_batch(inputs, **options)
+        except Exception as error:  # the library raises plain Exception, for a vocabulary without its unknown token
+            raise InputError(f"{self.folder}: the tokenizer cannot read a text ({error})") from None
         for encoding in encodings if self.embeddings else ():
             highest = max(encoding.ids, default=-1)
             if highest >= self.embeddings:
@@ -93,6 +96,14 @@ class Tokenizer:
     def segment_ids(self, encoding: tokenizers.Encoding) -> list[int]:
         """The segment of each token, 0 everywhere for models that are not told texts apart."""
         return encoding.type_ids if self.reads_segments else [0] * len(encoding)
+
+    def refuse_left(self, what: str) -> None:
+        """Raises InputError if texts are to be cut on the left, for `what`, which are cut on the right alone."""
+        if self.cut_side == "left":
+            raise InputError(
+                f"{self.folder}: truncation_side = left in tokenizer_config.json is not supported for {what} that are "
+                "too long; pass a larger --max-length, or remove it"
+            )
 
     def encode(self, texts: list[str], pairs: list[str] | None, max_length: int) -> list[Encoded]:
         """Token ids with the special tokens, cut to `max_length` tokens. Of a pair, the longer text is cut first."""

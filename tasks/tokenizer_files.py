@@ -34,10 +34,22 @@ USUAL_CLASSES = {  # by the model_type of config.json, where no file names a cla
 # Other names of the same classes, and names that say nothing.
 ALIASES = {f"{name}Tokenizer": "RobertaTokenizer" for name in ("Bart", "LED", "Longformer", "Mvp")}
 ALIASES |= {
-    f"{name}Tokenizer": "BertTokenizer"
-    for name in ("Electra", "MobileBert", "SqueezeBert", "ConvBert", "LayoutLM", "Lxmert")
+    f"{name}Tokenizer": "BertTokenizer" for name in ("Electra", "MobileBert", "SqueezeBert", "LayoutLM", "Lxmert")
 }
 ALIASES |= dict.fromkeys(("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"), "")
+
+
+# Classes of `transformers` that build other tokenizers: each adds rules of its own to a tokenizer.json.
+OTHER_CLASSES = {
+    f"{name}Tokenizer"
+    for name in (
+        "Albert Barthez Bartpho BertJapanese Bertweet BigBird Blenderbot BlenderbotSmall ByT5 CLIP CTRL "
+        "Canine Cohere ConvBert Cpm DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Esm FNet "
+        "FSMT Flaubert Funnel GPT2 GPTNeoX Gemma Herbert LayoutLMv2 LayoutLMv3 LayoutXLM Llama Luke MBart "
+        "MBart50 MLuke MPNet MarkupLM Nllb OpenAIGPT PLBart Pegasus Perceiver Phobert ProphetNet Qwen2 "
+        "Reformer RemBert RoCBert RoFormer Splinter T5 Tapas Udop XGLM XLM XLNet"
+    ).split()
+}
 
 
 class Settings(NamedTuple):
@@ -74,6 +86,11 @@ def open_tokenizer(folder: Path, files: dict[str, bytes]) -> Opened:
     build = CLASSES.get(settings.name)
     if build:
         backend = build(settings)
+    elif settings.name in OTHER_CLASSES:
+        raise InputError(
+            f"{folder}: the tokenizer class {settings.name} is not supported, only those of RoBERTa, BERT, XLM-RoBERTa "
+            'and CamemBERT are; "PreTrainedTokenizerFast" in tokenizer_config.json takes a tokenizer.json as it is'
+        )
     elif settings.content:
         backend = Tokenizer.from_str(json.dumps(settings.content))
         if backend.padding:
@@ -86,8 +103,8 @@ def open_tokenizer(folder: Path, files: dict[str, bytes]) -> Opened:
         )
     else:
         raise InputError(f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt, or vocab.txt")
-    cut = settings.content.get("truncation") or {"direction": "right"}
-    side = settings.values.get("truncation_side") or cut["direction"].lower()
+    cut = settings.content.get("truncation") or {}
+    side = settings.values.get("truncation_side") or cut.get("direction", "right").lower()
     if side not in ("left", "right"):
         raise InputError(f"{folder}: truncation_side = {side!r} in tokenizer_config.json: expected left or right")
     backend.no_padding()
@@ -134,7 +151,10 @@ def read_settings(folder: Path, files: dict[str, bytes]) -> Settings:
 
 def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     """The content of a JSON file; {} where there is none."""
-    content = json.loads(files.get(name, b"{}"))
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected a JSON object")
     return content
@@ -157,6 +177,8 @@ def class_name(folder: Path, files: dict[str, bytes], values: dict[str, Any]) ->
 
     Without a config.json the files tell. "": none is known.
     """
+    if values.get("tokenizer_class") == "":
+        return ""
     path = folder / "config.json"
     config = json.loads(path.read_bytes()) if path.is_file() else {}
     name = values.get("tokenizer_class") or config.get("tokenizer_class") or USUAL_CLASSES.get(config.get("model_type"))

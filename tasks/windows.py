@@ -66,6 +66,8 @@ def make_windows(
     backend.no_truncation()
     windows = []
     for index, (question, text, encoding) in enumerate(zip(questions, asked, encodings)):
+        if encoding.overflowing or text != question.question:
+            tokenizer.refuse_left("questions and contexts")
         offsets = covered[question.context]
         first, last = _answer_tokens(question, offsets)
         size = room - encoding.sequence_ids.count(0)  # tokens of context in a window

@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "support": {"support"},
     "support.checkpoint": {"support", "model"},
     "support.cpu": {"support", "model"},
+    "support.cuda": {"support", "model"},
+    "support.devices": {"support", "model"},
     "data": {"support", "model"},
     "tasks": {"support", "model", "data", "tasks"},
     "train": {"support", "model", "data", "tasks.base"},

@@ -118,9 +118,13 @@ def test_a_tokenizer_class_that_is_not_known_is_named(tmp_path):
     for file in ("tokenizer_config.json", "config.json"):  # either may name it
         path = tmp_path / "model" / file
         old = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(old | {"tokenizer_class": "BertJapaneseTokenizer"}))
-        with pytest.raises(InputError, match="the tokenizer class BertJapaneseTokenizer needs a tokenizer.json"):
-            Tokenizer(tmp_path / "model")
+        for name, reason in (
+            ("MyOwnTokenizer", "needs a tokenizer.json"),
+            ("BertJapaneseTokenizer", "is not supported"),
+        ):
+            path.write_text(json.dumps(old | {"tokenizer_class": name}))
+            with pytest.raises(InputError, match=f"the tokenizer class {name} {reason}"):
+                Tokenizer(tmp_path / "model")
         path.write_text(json.dumps(old))
 
 
@@ -226,7 +230,7 @@ def test_torn_lines_of_qqp_are_left_out_and_counted(demo, tmp_path):
     (tmp_path / "dev.tsv").write_text(names + "".join(whole))
     source, lines = Source(find_task("QQP"), tmp_path), []
     examples = source.load("train", Tokenizer(demo / "model"), 40)[0][""]
-    assert len(examples) == 20 and examples.torn == 2 and examples.targets.tolist() == [0, 1] * 10
+    assert len(examples) == 20 and examples.left_out == 2 and examples.targets.tolist() == [0, 1] * 10
     stage(source, "finetune", demo / "model", tmp_path / "run", show=lines.append)
     assert any(re.match(r"20 training examples, .* on average; 2 torn lines were left out$", line) for line in lines)
     (tmp_path / "own.tsv").write_text("text\tlabel\na\t1\nb\n")
@@ -269,7 +273,7 @@ def test_resuming_asks_for_the_same_content_not_the_same_path(demo, tmp_path):
     with open(tmp_path / "b" / "dev.jsonl", "a") as file:
         file.write('{"text": "one more film", "label": "positive"}\n')
     result = go(tmp_path / "b", "--resume", output=tmp_path / "b" / "run")
-    assert result.exit_code == 2 and "started with other content in --data" in result.stderr
+    assert result.exit_code == 2 and "started with data of other content" in result.stderr
     assert "Traceback" not in result.output
 
 

@@ -81,7 +81,7 @@ def test_the_loop_learns_and_tells_its_run():
     run, trainer = ListRun(), make_trainer("soft", epochs=4.0, learning_rate=3e-3)
     result = train(trainer, DEV, run)
     assert len(run.losses) == result.steps == 24 and np.mean(run.losses[-6:]) < np.mean(run.losses[:6])
-    assert [record["step"] for record, _ in run.records] == [5, 10, 15, 20, 24] and len(run.states) == 4
+    assert [record["step"] for record, _ in run.records] == [5, 10, 15, 20, 24] and len(run.states) == 5
     assert run.records[0][0]["train_loss"] == pytest.approx(np.mean(run.losses[:5]))
     assert run.records[1][0]["train_loss"] == pytest.approx(np.mean(run.losses[5:10]))
     assert run.records[0][0]["epoch"] == pytest.approx(5 / 6)
@@ -132,9 +132,36 @@ def test_stopped_and_resumed_is_straight_through(mode, stop):
         assert len({record["lambda"] for record, _ in expected}) > 1  # λ was steered
 
 
-def test_a_signal_in_the_last_step_comes_too_late():
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_a_resumed_run():
     run = ListRun(lambda trainer: setattr(run, "stop_signal", signal.SIGINT) if trainer.completed == 11 else None)
-    assert train(make_trainer(), DEV, run).steps == 12
+    with pytest.raises(Interrupted, match="stopped after step 12 of 12"):
+        train(make_trainer(), DEV, run)
+    straight, resumed = ListRun(), ListRun()
+    train(make_trainer(), DEV, straight)
+    train(make_trainer(), DEV, resumed, run.loaded(-1))
+    assert not resumed.losses
+    names = ("step", "train_loss", "metrics", "loss")
+    (ours, _), (theirs, _) = resumed.records[-1], straight.records[-1]
+    assert [ours[name] for name in names] == [theirs[name] for name in names]
+
+
+def test_a_signal_during_an_evaluation_is_obeyed_at_once():
+    class Asked(ListRun):
+        asked = 0
+
+        @property
+        def stop_signal(self):
+            self.asked += 1
+            return signal.SIGTERM if self.asked > 8 else None  # 5 steps ask, then each batch of the evaluation
+
+        @stop_signal.setter
+        def stop_signal(self, value):
+            pass
+
+    run, big = Asked(), {"": make_trainer().train_set}
+    with pytest.raises(Interrupted, match="stopped after step 5 of 12") as caught:
+        train(make_trainer(), big, run)
+    assert caught.value.number == signal.SIGTERM and not run.records and len(run.states) == 1
 
 
 def test_a_resumed_run_does_not_keep_the_state_that_it_came_from():
@@ -168,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         run = ListRun(poison(step))
         with pytest.raises(InputError, match=f"step {place}: the loss is not finite any more"):
             train(make_trainer(), DEV, run)
-        assert not run.records and not run.states
+        assert not run.records
 
 
 def test_thresholds_follow_a_target_at_each_evaluation_of_hard_training():

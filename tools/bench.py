@@ -18,7 +18,7 @@ from data import Examples, sorted_batches
 from model import Batch, Config, Dense, Model, Uncounted, last_layer_saving, macs
 from runs.checks import check_task, length_limit
 from support.checkpoint import load_model
-from support.cpu import pack_weights
+from support.devices import for_inference
 from support.errors import InputError
 from support.process import Process, synchronize
 from tasks.base import Source
@@ -125,7 +125,7 @@ def bench_checkpoint(folder: Path, source: Source | None, options: BenchOptions,
 
     Returns {"speeds": [a `Speed` each], "conditions": {...}}. Raises: InputError.
     """
-    model = pack_weights(load_model(folder).model.to(process.device))
+    model = for_inference(load_model(folder).model, process)
     if source is None:
         examples = random_examples(folder, model.config, options)
     else:

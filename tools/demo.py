@@ -160,12 +160,12 @@ def add_speed(rows: list[tuple[str, dict[str, Any]]], folder: Path, source: Any,
     """Measures each stage's checkpoint on the evaluation set, beside itself without pruning."""
     from data import sorted_batches
     from support.checkpoint import load_model
-    from support.cpu import pack_weights
+    from support.devices import for_inference
     from tasks.tokenizer import Tokenizer
     from tools.bench import measure_speed
 
     for stage, record in rows:
-        model = pack_weights(load_model(folder / stage).model.to(process.device))
+        model = for_inference(load_model(folder / stage).model, process)
         config = model.config
         examples = source.load("dev", Tokenizer(folder / stage), config.max_seq_length, labels=config.labels)[0][""]
         speed = measure_speed(model, sorted_batches(examples, SPEED_BATCH), process)

@@ -16,7 +16,7 @@ from model import Config, Dense
 from runs.checks import length_limit
 from support.checkpoint import load_model
 from support.console import quiet
-from support.cpu import pack_weights
+from support.devices import for_inference
 from support.errors import InputError
 from support.files import json_line, write_file
 from support.process import Process
@@ -54,7 +54,7 @@ class Predictor:
         Raises: InputError.
         """
         self.process, self.batch_size, self.max_tokens = process, batch_size, max_tokens
-        self.model = pack_weights(load_model(folder).model.to(process.device))
+        self.model = for_inference(load_model(folder).model, process)
         self.pruner = Dense() if dense else self.model.pruner()
         config = self.model.config
         self.reader = Reader(

@@ -83,7 +83,7 @@ def saved_steps(folder: Path) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(demo, start, straight, tmp_path, number):
     before = signal.getsignal(number)
-    for last in (4, 11):
+    for last in (5, 11):
         stopped(demo, start, tmp_path, last, number)
     lines = []
     train(demo, start, tmp_path, show=lines.append)
@@ -207,7 +207,7 @@ def test_what_a_kill_left_half_written_is_removed(demo, start, straight, tmp_pat
 
 
 def test_resuming_with_other_settings_is_refused(demo, start, straight, tmp_path):
-    stopped(demo, start, tmp_path, 4)
+    stopped(demo, start, tmp_path, 5)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="was started with learning_rate = 0.001, not 0.002; use the same options"):
         train(demo, start, tmp_path, learning_rate=2e-3)
@@ -359,7 +359,7 @@ def test_two_nodes_agree_with_one(demo, start, tmp_path):
 def test_a_full_disk_is_said_and_costs_nothing(demo, start, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
         stderr = finish(command(demo, start, disk / "run", sys.executable), code=2)

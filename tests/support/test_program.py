@@ -69,14 +69,11 @@ def test_a_process_of_several_hides_the_failure_of_another_only(message, hidden,
         assert result.exception is error
 
 
-@pytest.mark.parametrize(
-    "error, stays", [(Interrupted("stopped", 15), False), (InputError("no such thing"), True), (KeyError("x"), True)]
-)
-def test_the_process_group_ends_where_all_processes_stop(error, stays, tmp_path):
+@pytest.mark.parametrize("error", [Interrupted("stopped", 15), InputError("no such thing"), KeyError("x")])
+def test_a_process_that_fails_does_not_wait_for_its_group(error, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         failing(error)
-        assert dist.is_initialized() == stays
+        assert dist.is_initialized()  # `run` ends the process as it is
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()

@@ -265,9 +265,11 @@ def test_squad_1_reads_its_own_file_and_only_questions_with_answers(tmp_path, by
     assert ids("SQuAD") == ["long"] and ids("SQuAD2") == ["none", "cut", "last"]
     (tmp_path / "dev-v1.1.json").unlink()
     assert ids("SQuAD") == ["cut", "last"]
-    write_questions(tmp_path / "dev-v2.0.json", [MADE[1]])
-    with pytest.raises(InputError, match="dev-v2.0.json: no question has an answer"):
-        ids("SQuAD2")
+    for name in ("train", "dev"):
+        write_questions(tmp_path / f"{name}-v2.0.json", [MADE[1]])
+    assert ids("SQuAD2") == ["none"]  # silence can be judged, and not learned
+    with pytest.raises(InputError, match="train-v2.0.json: no question has an answer"):
+        Source(find_task("SQuAD2"), tmp_path).load("train", byte_pairs, 60)
 
 
 def test_choices_are_the_tokens_of_each_sequence():
