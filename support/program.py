@@ -106,7 +106,7 @@ def end_group(error: BaseException) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def hyphens(name: str) -> str:
