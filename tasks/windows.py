@@ -59,7 +59,7 @@ def make_windows(
             f"expected at least {max_length - room + stride + 2}"
         )
     limit = room - stride - 1
-    asked = [_cut(tokenizer, question.question, limit, min(room // 2, limit)) for question in questions]
+    asked = _cut([question.question for question in questions], tokenizer, limit, min(room // 2, limit))
     covered = _offsets(tokenizer, (question.context for question in questions))
     backend.enable_truncation(max_length, stride=stride, strategy="only_second")
     encodings = tokenizer.run([(text, question.context) for text, question in zip(asked, questions)])
@@ -93,16 +93,17 @@ def make_windows(
     return windows
 
 
-def _cut(tokenizer: Tokenizer, text: str, limit: int, size: int) -> str:
-    """The text, or, where it has more than `limit` tokens, its beginning of at most `size` tokens."""
-    (encoding,) = tokenizer.run([text], add_special_tokens=False)
-    if len(encoding) <= limit:
-        return text
-    ends = [0, *(end for _, end in encoding.offsets[:size])]
-    while len(encoding) > size:  # what is cut may have other tokens at its end
-        text = text[: ends.pop()]
-        (encoding,) = tokenizer.run([text], add_special_tokens=False)
-    return text
+def _cut(texts: list[str], tokenizer: Tokenizer, limit: int, size: int) -> list[str]:
+    """The texts, or, where one has more than `limit` tokens, its beginning of at most `size` tokens."""
+    cut = []
+    for text, encoding in zip(texts, tokenizer.run(texts, add_special_tokens=False)):
+        if len(encoding) > limit:
+            ends = [0, *(end for _, end in encoding.offsets[:size])]
+            while len(encoding) > size:  # what is cut may have other tokens at its end
+                text = text[: ends.pop()]
+                (encoding,) = tokenizer.run([text], add_special_tokens=False)
+        cut.append(text)
+    return cut
 
 
 def _offsets(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, Offsets]:

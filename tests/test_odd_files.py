@@ -25,7 +25,9 @@ from support.errors import InputError
 from support.process import Process
 from tasks import find_task, own_task
 from tasks.base import Source
+from tasks.tagging import Sentence, align
 from tasks.tokenizer import Tokenizer
+from tasks.windows import Question, make_windows
 from tools.predict import Predictor
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +62,13 @@ def their_logits(folder: Path, *texts: str) -> list[float]:
 def our_logits(folder: Path, text: str) -> list[float]:
     (answer,) = Predictor(folder, Process()).answer([("text", {"text": text})])
     return answer["logits"]
+
+
+@pytest.fixture(scope="module")
+def byte_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("byte") / "model"
+    older_files(folder, "bpe")
+    return folder
 
 
 # ---- tokenizers ----
@@ -253,6 +262,58 @@ def test_a_wrong_answer_start_is_evaluated_and_not_learned(questions, tmp_path):
     assert result.exit_code == 2 and "(7), answer 1" in result.stderr and "does not stand at" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "comment", ["# text = EU", "# newpar", "# newdoc id = x", "# id 5239 domain=en", "#\tid x\tdomain=en"]
+)
+def test_comments_before_a_sentence_are_no_words(comment, tags, tmp_path):
+    (tmp_path / "x.conll").write_text(f"{comment}\nEU B-ORG\nsays O\n")
+    assert [s.words for s in tags.source.task.read(tmp_path / "x.conll")] == [["EU", "says"]]
+
+
+def test_numbers_of_words_are_no_words(tags, tmp_path):
+    (tmp_path / "x.conll").write_text("1\tEU\tB-ORG\n2\tsays\tO\n3\tno\tO\n")
+    with pytest.raises(InputError, match="line 1: the first column numbers the words"):
+        list(tags.source.task.read(tmp_path / "x.conll"))
+
+
+@pytest.mark.parametrize("score", ["1_000", "٣", "1e39", "nan"])
+def test_scores_are_plain_numbers(score, byte_folder, tmp_path):
+    (tmp_path / "dev.csv").write_text(f"text,label\na,1.5\nb,{score}\n")
+    source = Source(own_task(None, None, None, regression=True), tmp_path)
+    with pytest.raises(InputError, match="line 3: the score .* is not a number"):
+        source.load("dev", Tokenizer(byte_folder), 20)
+
+
+def test_a_vocabulary_without_its_unknown_token_is_refused_at_the_text(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n<unk>\n[CLS]\n[SEP]\nhello\n")
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode(["hello"], None, 9)[0].token_ids == [2, 4, 3]
+    with pytest.raises(InputError, match="cannot read a text .*UNK"):
+        tokenizer.encode(["strange"], None, 9)
+
+
+def test_words_are_split_as_transformers_splits_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    older_files(tmp_path / "model", "bpe")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "roberta", "vocab_size": 500}')
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    words = ["Hello", "<mask>", "world", "<mask>", "don't"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(words, is_split_into_words=True)
+    (ours,) = align(Tokenizer(tmp_path / "model"), [Sentence(words, None, 1)], 60)
+    assert ours.token_ids == theirs["input_ids"]
+    assert ours.first == [theirs.word_ids().index(i) for i in range(len(words))]
+
+
+def test_texts_are_cut_on_the_left_where_the_folder_says_so_and_questions_are_not(tmp_path):
+    older_files(tmp_path / "model", "bpe")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    tokenizer = Tokenizer(tmp_path / "model")
+    whole, cut = (tokenizer.encode(["Hello world naïve café"], None, size)[0].token_ids for size in (60, 6))
+    assert cut == [whole[0], *whole[-5:]]
+    with pytest.raises(InputError, match="truncation_side = left .* questions and contexts that are too long"):
+        make_windows(tokenizer, [Question("a", "Hello?", "world " * 40, ())], 30)
+
+
 # ---- runs that moved ----
 
 
@@ -270,6 +331,13 @@ def test_resuming_asks_for_the_same_content_not_the_same_path(demo, tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     result = go(tmp_path / "b", "--resume", output=tmp_path / "b" / "run")
     assert result.exit_code == 0 and "nothing to resume" in result.output, result.output
+    (tmp_path / "c").mkdir()
+    for file in (demo / "model").iterdir():
+        (tmp_path / "c" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "c" / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    other = ("--restore", tmp_path / "c")  # the last --restore counts
+    result = go(tmp_path / "b", "--resume", *other, output=tmp_path / "b" / "run")
+    assert result.exit_code == 2 and "started with a tokenizer of other content" in result.stderr
     with open(tmp_path / "b" / "dev.jsonl", "a") as file:
         file.write('{"text": "one more film", "label": "positive"}\n')
     result = go(tmp_path / "b", "--resume", output=tmp_path / "b" / "run")
