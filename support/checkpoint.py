@@ -148,7 +148,7 @@ def check_choices(raw: dict, where: str) -> None:
 def check_labels(raw: dict, where: str) -> None:
     """Raises InputError unless id2label, or num_labels where it is absent, gives each output a name of its own."""
     names = raw.get("id2label")
-    if names is None or names == {}:
+    if names is None:
         count = raw.get("num_labels", 2)
         if type(count) is not int or not 1 <= count <= 10**6:
             raise bad_value(raw, where, "num_labels", "expected a whole number of at least 1")

@@ -41,8 +41,14 @@ def test_start_seeds_and_flushes_denormal_numbers():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_usual_where_a_gpu_multiplies_it_natively(native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert usual_precision(torch.device("cuda", 0)) == ("bf16" if native else "fp32")
+    assert usual_precision(torch.device("cpu")) == "fp32"
+
+
 def test_precision_acts_on_matrix_products():
-    assert usual_precision(torch.device("cuda", 0)) == "bf16" and usual_precision(torch.device("cpu")) == "fp32"
     layer, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with Process(precision=precision).autocast():

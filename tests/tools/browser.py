@@ -86,7 +86,7 @@ class Browser:
 def browser() -> Iterator[Browser]:
     ours_read, theirs_write = os.pipe()
     theirs_read, ours_write = os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # the browser may still write there
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         command += [f"--user-data-dir={profile}", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"]
         shell = f"exec {' '.join(map(repr, command))} 3<&{theirs_read} 4>&{theirs_write}"
