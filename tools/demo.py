@@ -86,6 +86,7 @@ DEMO_CONFIG = dict(
     layer_norm_eps=1e-5,
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
+    labels=("negative", "positive"),
 )
 # Each stage, the one whose checkpoint it starts from, and its settings.
 PLAN: tuple[tuple[str, str, dict[str, float]], ...] = (
