@@ -554,10 +554,8 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
             times.append(time.perf_counter() - start)
             losses.append(result.loss)
             run.note(trainer, result.loss, best)
-            if trainer.completed == trainer.steps or trainer.completed % trainer.save_steps == 0:
-                due = result.relative_flops
-            else:
-                due = None
+            evaluates = trainer.completed == trainer.steps or trainer.completed % trainer.save_steps == 0
+            due = result.relative_flops if evaluates else None
             if due is not None or result.stop:
                 # Saved before the evaluation: whatever ends the run during it, a resumed one begins with it.
                 run.save_state(trainer.state() | {"best": best, "losses": losses, "due": due})
