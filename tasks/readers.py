@@ -26,7 +26,7 @@ LARGEST = 3.4e38  # about the largest number of float32
 TORN = object()  # the key of a record that has too few columns: what is wrong with it
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 # Comments before a sentence: "# text = ...", "# newpar", "# id 12 domain=en".
-COMMENT = re.compile(r"#\s*((newdoc|newpar)\b|\S+\s.*=|.* = )")
+COMMENT = re.compile(r"#\s+((newdoc|newpar)\b|id\s.*=|\S.* = )")
 CONLL_SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2")
 
 

@@ -270,6 +270,12 @@ def test_comments_before_a_sentence_are_no_words(comment, tags, tmp_path):
     assert [s.words for s in tags.source.task.read(tmp_path / "x.conll")] == [["EU", "says"]]
 
 
+@pytest.mark.parametrize("word", ["#Brexit", "#"])
+def test_a_word_may_begin_with_the_sign_of_comments(word, tags, tmp_path):
+    (tmp_path / "x.conll").write_text(f"{word}\tNN\tNumber=Sing\tB-ORG\nis\tVB\t_\tO\n")
+    assert [s.words for s in tags.source.task.read(tmp_path / "x.conll")] == [[word, "is"]]
+
+
 def test_numbers_of_words_are_no_words(tags, tmp_path):
     (tmp_path / "x.conll").write_text("1\tEU\tB-ORG\n2\tsays\tO\n3\tno\tO\n")
     with pytest.raises(InputError, match="line 1: the first column numbers the words"):
