@@ -92,18 +92,14 @@ def run_sweep(
     results = request.output / RESULTS
     rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
     conditions = sweep_conditions(request, process)
+    begun = rows.get("dense", {})
+    digests = begun.get("content", {})  # files may have moved, or be spelled otherwise: their content counts
     for name, value in conditions.items():
-        begun = rows.get("dense", {})
-        earlier, digests = begun.get(name, value), begun.get("content")
-        if digests and name in (
-            "folder",
-            "data",
-            "dev_data",
-            "content",
-        ):  # files may have moved, or be spelled otherwise
-            same = name not in digests or digests[name] == conditions["content"][name]
+        earlier = begun.get(name, value)
+        if name in digests:
+            same = digests[name] == conditions["content"][name]
         else:
-            same = earlier == value
+            same = earlier == value or bool(digests) and name in ("dev_data", "content")  # a part of "data"
         if not same:
             changed = "of other content" if earlier == value else f"not {value}"
             raise InputError(

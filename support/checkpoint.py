@@ -97,9 +97,8 @@ def check_architecture(raw: dict, where: str) -> None:
         raise bad_value(raw, where, "quant_mode", remedy)
     if raw.get("problem_type") == "multi_label_classification":
         raise bad_value(raw, where, "problem_type", "not supported, one label per example is")
-    outputs = (
-        len(raw["id2label"]) if raw.get("id2label") and isinstance(raw["id2label"], dict) else raw.get("num_labels", 2)
-    )
+    names = raw.get("id2label")
+    outputs = len(names) if isinstance(names, dict) else raw.get("num_labels", 2)
     if raw.get("problem_type") == "regression" and outputs != 1:
         raise bad_value(raw, where, "problem_type", f"not supported with {outputs} outputs, one score per example is")
     if raw.get("pruned_heads"):
