@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from folders import hugging_face
-from random_folders import trained
+from random_folders import PIECES, odd_texts, trained
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 from stages import reviews, stage
@@ -119,6 +120,24 @@ def test_segments_of_questions_are_the_tokenizers(kind, model, tmp_path):
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     assert max(encoded[0].segment_ids) == (model == "bert")
     assert encoded[0].question_length == inputs.sequence_ids(0).index(1)
+
+
+@pytest.mark.parametrize("model, name", [("xlm-roberta", "XLMRobertaTokenizer"), ("camembert", "CamembertTokenizer")])
+def test_a_tokenizer_converted_from_sentencepiece(model, name, tmp_path):
+    transformers, sentencepiece = pytest.importorskip("transformers"), pytest.importorskip("sentencepiece")
+    (tmp_path / "texts").write_text("\n".join([" ".join(PIECES).replace("\n", " ")] * 9))
+    options = {"vocab_size": 180, "character_coverage": 1.0, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=tmp_path / "texts", model_prefix=tmp_path / "m", **options)
+    (tmp_path / "m.model").rename(tmp_path / "sentencepiece.bpe.model")
+    getattr(transformers, name).from_pretrained(tmp_path).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model}))
+    content = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    assert content["normalizer"]["type"] == "Precompiled"
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "model"), Tokenizer(tmp_path / "model")
+    for text, pair in odd_texts(random.Random(0), 100):
+        pairs = None if pair is None else [pair]
+        expected = theirs([text], pairs, truncation=True, max_length=60)["input_ids"][0]
+        assert ours.encode([text], pairs, 60)[0].token_ids == expected, text
 
 
 def test_a_tokenizer_class_that_is_not_known_is_named(tmp_path):
