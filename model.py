@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import gelu, linear, relu, scaled_dot_product_attention
+from torch.nn.functional import gelu, linear, pad, relu, scaled_dot_product_attention
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -222,9 +222,14 @@ class Sequences:
         return self.num_tokens == len(self.sizes)
 
     @cached_property
+    def bounds(self) -> Tensor:
+        """(B + 1,) the place of each sequence's first token, and T."""
+        return pad(self.lengths, (1, 0)).cumsum(0)
+
+    @cached_property
     def starts(self) -> Tensor:
         """(B,) the place of each sequence's first token."""
-        return self.lengths.cumsum(0) - self.lengths
+        return self.bounds[:-1]
 
     @cached_property
     def ids(self) -> Tensor:
@@ -255,7 +260,7 @@ class Sequences:
     def sum(self, values: Tensor) -> Tensor:
         """Sums over each sequence: (T,) -> (B,). Counts the True of a bool."""
         values = values.long() if values.dtype == torch.bool else values
-        return values.new_zeros(len(self.sizes)).index_add(0, self.ids, values)
+        return values.new_zeros(len(self.sizes)).index_add_(0, self.ids, values)
 
     def drop(self, keep: Tensor, kept: Tensor) -> tuple[Sequences, Tensor | None]:
         """The layout of the survivors, and their places in this one; None where all survive.
@@ -270,7 +275,9 @@ class Sequences:
         smaller = type(self)(kept, self.original_lengths)
         if smaller.num_tokens == self.num_tokens:
             return self, None
-        return smaller, keep.nonzero_static(size=smaller.num_tokens).squeeze(1)
+        survivors = keep.nonzero_static(size=smaller.num_tokens).squeeze(1)
+        smaller.ids = self.ids.index_select(0, survivors)  # in place of the cached property
+        return smaller, survivors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,7 +356,7 @@ class Alive(NamedTuple):
     share: Tensor  # (T_l,) what is left of it: the product of its soft masks so far, 1 without soft masks
 
     def at(self, survivors: Tensor) -> Alive:
-        return Alive(*(tensor[survivors] for tensor in self))
+        return Alive(*(tensor.index_select(0, survivors) for tensor in self))
 
 
 class Decision(NamedTuple):
@@ -543,7 +550,7 @@ class SelfAttention(nn.Module):
                 yield grid, *self.split_heads(projected, 3)
             return
         D, weight, bias = x.size(1), self.query_key_value.weight, self.query_key_value.bias
-        queries = linear(x[seqs.starts], weight[:D], bias[:D])  # (B, D)
+        queries = linear(x.index_select(0, seqs.starts), weight[:D], bias[:D])  # (B, D)
         for grid, projected in zip(seqs.grids, seqs.lay(linear(x, weight[D:], bias[D:]))):
             yield grid, *self.split_heads(queries[grid.sequences, None], 1), *self.split_heads(projected, 2)
 
@@ -658,7 +665,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x (T, D) -> (T, D), or (B, D) if `first_only`; attention received by each token (T,) if `score`."""
         attended, received = self.attention(x, seqs, presence, score, first_only)
-        residual = x[seqs.starts] if first_only else x
+        residual = x.index_select(0, seqs.starts) if first_only else x
         return self.attention_norm(residual + self.dropout(attended)), received
 
     def feed_forward_block(self, x: Tensor) -> Tensor:
@@ -766,7 +773,7 @@ class Model(nn.Module):
             if decision.keep is not None and not first_only:
                 seqs, survivors = seqs.drop(decision.keep, decision.kept)
                 if survivors is not None:  # a dropped token is in no product from here on
-                    x, alive = x[survivors], alive.at(survivors)
+                    x, alive = x.index_select(0, survivors), alive.at(survivors)
             x = layer.feed_forward_block(x)
             if decision.mask is not None:
                 alive = alive._replace(share=alive.share * decision.mask)

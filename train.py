@@ -174,7 +174,7 @@ def find_factor(model: Model, examples: Examples, target: float, process: Proces
         """The share of the dense FLOPs with the thresholds times the factor."""
         model.thresholds.copy_(start * factor)
         pruner = Hard(model.thresholds)
-        with process.autocast():
+        with process.autocast(model):
             kept = torch.cat([model(batch, pruner).kept for batch in batches], 1)
         return relative_flops(model.config, lengths, kept)
 
@@ -319,7 +319,7 @@ class Trainer:
         multiply-accumulates by the soft counts, and the soft masks. The last two are 0 in other stages."""
         batch = self.train_set.batch(indices).to(self.process.device)
         targets = send(self.task.targets(self.train_set, indices), self.process.device)
-        with self.process.autocast():
+        with self.process.autocast(self.model):
             output = self.replica(batch, self.pruner())
         lengths = torch.from_numpy(self.train_set.lengths[indices])  # on the host
         choices = self.task.choices(output.logits, lengths)
@@ -429,7 +429,7 @@ def predict_logits(
     kept = [torch.empty(model.config.num_hidden_layers, 0, dtype=torch.int64)]
     for indices in token_batches(order, examples.lengths, batch_size, max_tokens):
         check()
-        with process.autocast():
+        with process.autocast(model):
             output = model(examples.batch(indices).to(process.device), pruner)
         rows = by_sequence(output.logits.float().cpu(), examples.lengths[indices].tolist(), model.config.head)
         logits += [row.numpy() for row in rows]

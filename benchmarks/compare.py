@@ -73,7 +73,7 @@ def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> Redu
     is the quantile of its layer's scores that gives the layer's share, in the first batch of every four.
     """
     L = model.config.num_hidden_layers
-    lengths = torch.cat([batch.lengths for batch in batches])
+    lengths = torch.cat([batch.lengths for batch in batches]).cpu()
     layers = torch.arange(1, L + 1)[:, None]
 
     def shares(slope: float) -> Tensor:
@@ -93,7 +93,7 @@ def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> Redu
         model.thresholds[l] = scores.quantile(1 - share / previous)
         previous = share
     pruner = model.pruner()
-    kept = torch.cat([model(batch, pruner).kept for batch in batches], 1)
+    kept = torch.cat([model(batch, pruner).kept for batch in batches], 1).cpu()
     done = done_macs(model.config, lengths, lengths.expand(L, -1)) / done_macs(model.config, lengths, kept)
     return Reduction(1 / relative_flops(model.config, lengths, kept), done)
 

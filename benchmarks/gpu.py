@@ -3,11 +3,12 @@
     python benchmarks/gpu.py --json benchmarks/gpu.json
 
 A base-size encoder (12 x 768) on batches of 32, 128 and 512 sequences of MRPC's lengths and of 384 tokens; training
-steps of each stage; the latency of a single text. Medians after two passes to warm up; the contenders take turns.
+steps of each stage; the latency of a single text. Medians of turns with a fresh batch each, after four to warm up.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import time
@@ -19,15 +20,15 @@ from typing import Any
 import click
 import numpy as np
 import torch
+import torch.nn as nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from compare import SIZES, mrpc_like_lengths, padded, set_thresholds  # noqa: E402
 
 from data import Examples  # noqa: E402
-from model import Config, Dense, Model, Uncounted, initialize, pack  # noqa: E402
+from model import Batch, Config, Dense, Model, SelfAttention, Uncounted, initialize, pack  # noqa: E402
 from support.checkpoint import save_model  # noqa: E402
-from support.cuda import FlatAttention  # noqa: E402
 from support.devices import for_inference, for_training  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.process import Process, start_process  # noqa: E402
@@ -35,9 +36,10 @@ from support.settings import Settings  # noqa: E402
 from tasks import own_task  # noqa: E402
 from train import Trainer  # noqa: E402
 
-WARM_UP = 2
+WARM_UP = 4
 REDUCTIONS = (2.0, 4.0)
 STAGES = ("finetune", "soft", "hard", "topk")
+Lengths = Callable[[int, int], list[int]]  # (number of sequences, seed) -> the length of each
 
 
 def make_model(size: str) -> Model:
@@ -47,16 +49,24 @@ def make_model(size: str) -> Model:
     return model.eval()
 
 
+def all_384(count: int, seed: int) -> list[int]:
+    return [384] * count
+
+
 def sequences_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
     generator = np.random.default_rng(seed)
     return [generator.integers(5, 30_000, n).tolist() for n in lengths]
 
 
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The median seconds and the peak of memory (MB) of each run. Names of runs that ran out of memory are left out."""
+def in_turn(runs: dict[str, Callable[[int], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The median seconds and the peak of memory (MB) of each run. Names of runs that ran out of memory are left out.
+
+    A run gets the number of the turn, and takes another batch in each: a GPU's libraries remember what they have
+    found out about a shape, and no two batches of a training run or a service have the same ones.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, float] = {}
-    for repeat in range(WARM_UP + repeats):
+    for turn in range(WARM_UP + repeats):
         for name, run in runs.items():
             if name not in times:
                 continue
@@ -64,22 +74,22 @@ def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[s
             torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             try:
-                run()
+                run(turn)
                 torch.cuda.synchronize()
             except torch.OutOfMemoryError:
                 del times[name]
                 continue
-            if repeat >= WARM_UP:
+            if turn >= WARM_UP:
                 times[name].append(time.perf_counter() - start)
             peaks[name] = torch.cuda.max_memory_allocated() / 1e6
     return {name: float(np.median(row)) for name, row in times.items()}, peaks
 
 
-def their_runs(folder: Path, batches: list[Any]) -> dict[str, Callable[[], object]]:
+def their_runs(folder: Path, batches: list[Batch]) -> dict[str, Callable[[int], object]]:
     """transformers on padded batches: SDPA, and its flash attention where it is installed."""
     import transformers
 
-    runs: dict[str, Callable[[], object]] = {}
+    runs: dict[str, Callable[[int], object]] = {}
     inputs = [[tensor.cuda() for tensor in padded(batch)] for batch in batches]
     for kind in ("sdpa", "flash_attention_2"):
         try:
@@ -89,21 +99,35 @@ def their_runs(folder: Path, batches: list[Any]) -> dict[str, Callable[[], objec
         except ImportError:
             continue
         model = model.cuda().eval()
-        runs[f"transformers {kind}"] = lambda model=model: [model(i, attention_mask=m).logits for i, m in inputs]
+        runs[f"transformers {kind}"] = lambda turn, model=model: (
+            model(inputs[turn][0], attention_mask=inputs[turn][1]).logits
+        )
     return runs
 
 
+def variants(pruned: Model) -> dict[str, Model]:
+    """What the GPU's own code (support/cuda.py) is worth: the model with all of it, and with a part of it."""
+    grids, rows = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    for layer in grids.layers:
+        layer.attention.__class__ = SelfAttention
+    for part in rows.layers.modules():
+        if isinstance(part, nn.Linear):
+            part.__class__ = nn.Linear
+    return {"": pruned, ", on grids": grids, ", rows as they come": rows}
+
+
 @torch.inference_mode()
-def measure_inference(model: Model, folder: Path, lengths: list[int], batch_size: int, process: Process, repeats: int):
+def measure_inference(
+    model: Model, folder: Path, lengths_of: Lengths, batch_size: int, process: Process, repeats: int
+) -> list[dict[str, Any]]:
     """Rows of one setting: examples a second, FLOPs reduction, FLOPs into time, memory."""
-    sequences = sequences_of(lengths)
-    batches = [pack(sequences[i : i + batch_size]) for i in range(0, len(sequences), batch_size)]
+    batches = [pack(sequences_of(lengths_of(batch_size, turn), turn)) for turn in range(WARM_UP + repeats)]
     there = [batch.to(process.device) for batch in batches]
 
-    def ours(pruned: Model, pruner: Dense) -> Callable[[], object]:
-        def run() -> list[Any]:
-            with process.autocast():
-                return [pruned(batch, pruner).logits for batch in there]
+    def ours(model: Model, pruner: Dense) -> Callable[[int], object]:
+        def run(turn: int) -> object:
+            with process.autocast(model):
+                return model(there[turn], pruner).logits
 
         return run
 
@@ -112,22 +136,17 @@ def measure_inference(model: Model, folder: Path, lengths: list[int], batch_size
     for reduction in REDUCTIONS:
         pruned = Model(replace(model.config, prune_mode="absolute_threshold")).to(process.device)
         pruned.load_state_dict(model.state_dict())
-        with process.autocast():
-            by_formula = set_thresholds(pruned.eval(), there, reduction).by_formula
-        name = f"ours {reduction:g}x"
-        reached[name] = by_formula
-        runs[name] = ours(for_inference(pruned, process), Uncounted(pruned))
-        grids = Model(pruned.config).to(process.device).eval()
-        grids.load_state_dict(pruned.state_dict())
-        runs[f"{name}, on grids"], reached[f"{name}, on grids"] = ours(grids, Uncounted(grids)), by_formula
-    if batch_size > 1 or len(lengths) == 1:
-        runs |= their_runs(folder, batches)
+        pruned = for_inference(pruned.eval(), process)
+        by_formula = set_thresholds(pruned, there, reduction).by_formula
+        for ending, variant in variants(pruned).items():
+            name = f"ours {reduction:g}x{ending}"
+            runs[name], reached[name] = ours(variant, Uncounted(variant)), by_formula
+    runs |= their_runs(folder, batches)
     seconds, peaks = in_turn(runs, repeats)
-    rows = []
+    mean_length, rows = float(torch.cat([batch.lengths for batch in batches]).float().mean()), []
     for name, value in seconds.items():
-        row = {"name": name, "batch_size": batch_size, "mean_length": float(np.mean(lengths))}
-        row |= {"examples_per_second": len(lengths) / value, "ms_per_batch": 1e3 * value / len(batches)}
-        row |= {"peak_mb": peaks[name]}
+        row = {"name": name, "batch_size": batch_size, "mean_length": mean_length}
+        row |= {"examples_per_second": batch_size / value, "ms_per_batch": 1e3 * value, "peak_mb": peaks[name]}
         if name in reached:
             row |= {"flops_reduction": reached[name], "speedup": seconds["ours dense"] / value}
             row |= {"flops_to_time": seconds["ours dense"] / value / reached[name]}
@@ -135,37 +154,33 @@ def measure_inference(model: Model, folder: Path, lengths: list[int], batch_size
     return rows
 
 
-def measure_steps(model: Model, lengths: list[int], process: Process, repeats: int) -> list[dict[str, Any]]:
+def measure_steps(
+    model: Model, lengths_of: Lengths, batch_size: int, process: Process, repeats: int
+) -> list[dict[str, Any]]:
     """Seconds of a training step of each stage, at the thresholds of half the FLOPs."""
-    sequences = sequences_of(lengths)
+    sizes = [n for turn in range(WARM_UP + repeats) for n in lengths_of(batch_size, turn)]
+    sequences = sequences_of(sizes)
     flat = np.concatenate([np.array(s, dtype=np.int32) for s in sequences])
-    labels = np.arange(len(lengths)) % 2
-    examples = Examples(flat, np.zeros(len(flat), np.int8), np.array(lengths), targets=labels)
-    task, indices = own_task(None, None, None, regression=False), np.arange(len(lengths))
-    batch = pack(sequences).to(process.device)
-    runs: dict[str, Callable[[], object]] = {}
+    labels = np.arange(len(sizes)) % 2
+    examples = Examples(flat, np.zeros(len(flat), np.int8), np.array(sizes), targets=labels)
+    task, first = own_task(None, None, None, regression=False), pack(sequences[:batch_size]).to(process.device)
+    runs: dict[str, Callable[[int], object]] = {}
     for stage in STAGES:
-        copy = Model(replace(model.config, attention_probs_dropout_prob=0.0, token_keep_rate=0.0)).to(process.device)
-        copy.load_state_dict(model.state_dict())
+        trained = Model(replace(model.config, token_keep_rate=0.0)).to(process.device)
+        trained.load_state_dict(model.state_dict())
         if stage in ("soft", "hard"):
-            copy.config = replace(copy.config, prune_mode="absolute_threshold")
-            with process.autocast():
-                set_thresholds(copy.eval(), [batch], 2.0)
-        settings = Settings(learning_rate=1e-5, epochs=1.0, batch_size=len(lengths))
-        copy = for_training(copy.requires_grad_(True), process, stage)
-        trainer = Trainer(copy, stage=stage, task=task, train_set=examples, settings=settings, process=process)
-        runs[stage] = lambda trainer=trainer: trainer.step(indices)
+            trained.config = replace(trained.config, prune_mode="absolute_threshold")
+            with process.autocast(trained):
+                set_thresholds(trained.eval(), [first], 2.0)
+        settings = Settings(learning_rate=1e-5, epochs=1.0, batch_size=batch_size)
+        trained = for_training(trained.requires_grad_(True), process)
+        trainer = Trainer(trained, stage=stage, task=task, train_set=examples, settings=settings, process=process)
+        runs[stage] = lambda turn, trainer=trainer: trainer.step(np.arange(turn * batch_size, (turn + 1) * batch_size))
     seconds, peaks = in_turn(runs, repeats)
-    dense = seconds["finetune"]
     return [
-        {
-            "name": f"step of {n}",
-            "batch_size": len(lengths),
-            "mean_length": float(np.mean(lengths)),
-            "peak_mb": peaks[n],
-        }
-        | {"ms_per_batch": 1e3 * value, "of_a_dense_step": value / dense}
-        for n, value in seconds.items()
+        {"name": f"step of {stage}", "batch_size": batch_size, "mean_length": float(np.mean(sizes))}
+        | {"ms_per_batch": 1e3 * value, "peak_mb": peaks[stage], "of_a_dense_step": value / seconds["finetune"]}
+        for stage, value in seconds.items()
     ]
 
 
@@ -182,17 +197,17 @@ def main(size: str, batch_sizes: str, repeats: int, json_file: Path | None) -> N
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model)
         for batch_size in map(int, batch_sizes.split(",")):
-            for lengths in (mrpc_like_lengths(batch_size, 0), [384] * batch_size):
-                rows += measure_inference(model, Path(folder), lengths, batch_size, process, repeats)
-        for length in (53, 384):
-            rows += measure_inference(model, Path(folder), [length], 1, process, 5 * repeats)
-        for lengths in (mrpc_like_lengths(128, 0), [384] * 32):
-            rows += measure_steps(model, lengths, process, repeats)
+            for lengths_of in (mrpc_like_lengths, all_384):
+                rows += measure_inference(model, Path(folder), lengths_of, batch_size, process, repeats)
+        for lengths_of in (mrpc_like_lengths, all_384):
+            rows += measure_inference(model, Path(folder), lengths_of, 1, process, 3 * repeats)
+        for lengths_of, batch_size in ((mrpc_like_lengths, 128), (all_384, 32), (all_384, 128)):
+            rows += measure_steps(model, lengths_of, batch_size, process, repeats)
     device = torch.cuda.get_device_name()
     for row in rows:
         figures = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("name",))
         click.echo(f"{row['name']:28}{figures}")
-    click.echo(f"\n{device}, bf16, torch {torch.__version__}; kernel without a grid: {FlatAttention.kernel.__name__}")
+    click.echo(f"\n{device}, bf16, torch {torch.__version__}")
     if json_file:
         write_json(json_file, {"device": device, "torch": torch.__version__, "size": size, "rows": rows})
 

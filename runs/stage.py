@@ -100,7 +100,7 @@ def run_stage(
     for note in plan.notes:
         show(f"note: {note}")
     show_counts(request.source.task, plan.max_length, train_set=train_set, dev_sets=dev_sets, show=show)
-    model = for_training(model, process, request.stage)
+    model = for_training(model, process)
     trainer = Trainer(
         model,
         stage=request.stage,

@@ -1,116 +1,196 @@
-"""Attention on a GPU in half precision without a grid: sequences of any lengths lie one behind the other, unpadded.
+"""Attention on a GPU in bf16 without a grid: sequences of any lengths lie one behind the other, unpadded.
 
-The kernel writes no probability down. The attention that a token receives still comes from it. Let lse(j) be the
-log-sum-exp of query j's logits. Token i receives, in a head,
+The kernel of attention writes no probability down, and returns the log-sum-exp lse(j) of each query's logits. With it,
+a second kernel (received.py) sums the attention that a token receives in a head:
 
-    Σ_j exp(q_j · k_i / √d − lse(j)).
+    r(i) = Σ_j exp(q_j · k_i / √d − lse(j)).
 
-That is the exponential of a log-sum-exp, too: of the transposed attention, in which keys ask and queries answer, with
-−lse(j) added to the logits. The kernel adds nothing, but a product can: three more columns of the "queries" hold 1,
-and those of the "keys" hold −lse(j) √d, cut into three bf16 numbers that sum to it but for a part in ten million.
+Soft training needs the gradient of r. Let g(i) be the gradient of the loss by r(i). Then Σ_i g(i) r(i) is the sum of
+what an attention with the values g returns, and has its gradient.
 
-The tests check the arithmetic on a CPU, with a kernel of plain operations; those marked `cuda` run the real one.
+The kernel of attention adds nothing to its logits, but a product can. The presence of soft masks enters as three more
+columns: those of the queries hold 1, and those of the keys its logarithm, cut into three bf16 numbers that sum to it
+but for a part in ten million.
+
+The tests check the arithmetic on a CPU, with kernels of plain operations; those marked `cuda` run the real ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import pad
 
 from model import Model, SelfAttention, Sequences
 
-PARTS, COLUMNS = 3, 8  # pieces of an lse; columns for them, since the kernel wants head sizes that are multiples of 8
-# (query, key, value, starts of each sequence's queries and keys, longest of each, scale) -> context, lse; see `flash`
-Kernel = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[int, int], float], tuple[Tensor, Tensor]]
+PARTS, COLUMNS = 3, 8  # pieces of a number; columns for them: the kernel wants head sizes that are multiples of 8
+LARGEST_HEAD = 248  # with those columns, as wide as the kernel takes it
+FEWEST_ROWS, MOST_ROWS = 8, 2**16  # of a product that is rounded up
+
+
+class Spans(NamedTuple):
+    """Where the sequences of some tokens lie."""
+
+    starts: Tensor  # (B + 1,) int32: of each sequence, and the end
+    longest: int
+
+
+class Kernels(NamedTuple):
+    """`flash` and received.py's `received_attention`, or what tests put in their place."""
+
+    attention: Callable[[Tensor, Tensor, Tensor, Spans, Spans, float, float], tuple[Tensor, Tensor]]
+    received: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, int], Tensor]
 
 
 def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Torch's kernel for sequences of different lengths.
 
-    query (Q, H, d), key, value (T, H, d); starts: of each sequence's queries and keys, and the end (B + 1,) int32;
-    longest: sequence of queries and of keys -> context (Q, H, d), log-sum-exp of each query's logits (Q, H) float32.
+    query (Q, H, d), key, value (T, H, d) in bf16 -> context (Q, H, d), with a gradient; log-sum-exp of each query's
+    logits, before dropout (Q, H) float32, without.
     """
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    # torch.nn.attention.varlen is the public way to this operation. It has no dropout, and takes longer to call.
+    spans = (queries.starts, keys.starts, queries.longest, keys.longest)
+    context, lse, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *spans, dropout, False, False, scale=scale
+    )
+    return context, lse.T
 
-    context, lse = varlen_attn(query, key, value, *starts, *longest, return_aux=AuxRequest(lse=True), scale=scale)
-    return context, lse if lse.size(0) == query.size(0) else lse.T
 
-
-def received_attention(
-    query: Tensor, key: Tensor, lse: Tensor, starts: Tensor, longest: int, kernel: Kernel = flash
-) -> Tensor:
-    """Σ_h Σ_j A_h(j, i), the attention that each token receives: (T,) float32.
-
-    query, key (T, H, d) in half precision; lse (T, H) float32 of the attention. Without gradient.
-    """
-    scale = query.size(-1) ** -0.5
-    rest, parts = -lse.float() / scale, []
+def split(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (T, H) float32 -> COLUMNS numbers of a smaller type that sum to it (T, H, COLUMNS)."""
+    parts, rest = [], x
     for _ in range(PARTS):
-        parts.append(rest.to(query.dtype))
+        parts.append(rest.to(dtype))
         rest = rest - parts[-1].float()
-    asking = torch.cat([pad(key, (0, PARTS), value=1.0), key.new_zeros(*key.shape[:2], COLUMNS - PARTS)], 2)
-    answering = torch.cat([query, torch.stack(parts, 2), query.new_zeros(*query.shape[:2], COLUMNS - PARTS)], 2)
-    _, sums = kernel(asking, answering, answering, (starts, starts), (longest, longest), scale)
-    return sums.exp().sum(1)
+    return pad(torch.stack(parts, 2), (0, COLUMNS - PARTS))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Spans,
+    keys: Spans,
+    presence: Tensor | None,
+    kernels: Kernels,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention in which a key's probability is multiplied by its token's presence (T,) before they sum to 1.
+
+    query (Q, H, d), key, value (T, H, d) -> context (Q, H, d), log-sum-exps (Q, H) float32.
+    """
+    scale, d = query.size(-1) ** -0.5, query.size(-1)
+    if presence is None:
+        return kernels.attention(query, key, value, queries, keys, scale, dropout)
+    bias = (presence.log() / scale)[:, None].expand(key.shape[:2])
+    key, query = torch.cat([key, split(bias, key.dtype)], 2), pad(query, (0, COLUMNS), value=1.0)
+    context, lse = kernels.attention(query, key, pad(value, (0, COLUMNS)), queries, keys, scale, dropout)
+    return context[..., :d], lse
+
+
+class ReceivedAttention(torch.autograd.Function):
+    """Σ_h Σ_j w_j A_h(j, i), the attention that each token receives, w its presence: (T,) float32.
+
+    query, key (T, H, d) in bf16; presence (T,) float32, or None; lse (T, H) float32 of the attention.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, presence: Tensor | None, lse: Tensor, tokens: Spans, kernels: Kernels
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, presence)
+        ctx.tokens, ctx.kernels = tokens, kernels
+        received = kernels.received(query, key, presence, lse, *tokens)
+        return received if presence is None else received * presence
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        query, key, presence = inputs
+        with torch.enable_grad():
+            values = pad(gradient[:, None, None].to(key.dtype).expand(*key.shape[:2], 1), (0, key.size(2) - 1))
+            told, _ = attend(query, key, values, ctx.tokens, ctx.tokens, presence, ctx.kernels)
+            told = told[..., 0].float().sum(1)
+            total = (told if presence is None else told * presence).sum()
+        gradients = iter(torch.autograd.grad(total, [x for x in inputs if x is not None]))
+        return *(None if x is None else next(gradients) for x in inputs), None, None, None
 
 
 class FlatAttention(SelfAttention):
-    """Self-attention whose sequences lie one behind the other, where its kernel can; otherwise on grids.
+    """Self-attention whose sequences lie one behind the other in bf16, and on grids otherwise."""
 
-    It cannot in float32, with dropout, or where soft masks need a gradient of the scores.
-    """
-
-    kernel: Kernel = staticmethod(flash)
-    learns_scores = False  # whether scores get a gradient: soft training
+    kernels: Kernels
 
     def forward(
         self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.forward`."""
-        half = x.is_cuda and torch.is_autocast_enabled("cuda")
-        if not half or presence is not None or self.training and (self.dropout.p > 0 or score and self.learns_scores):
+        half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")
+        if not half or (seqs.single and not self.training):
             return super().forward(x, seqs, presence, score, first_only)
-        return self.attend_flat(x, seqs, score, first_only)
+        return self.attend_flat(x, seqs, presence, score, first_only)
 
-    def attend_flat(self, x: Tensor, seqs: Sequences, score: bool, first_only: bool) -> tuple[Tensor, Tensor | None]:
-        """Without presence: as `SelfAttention.forward`."""
-        starts, longest = pad(seqs.lengths.cumsum(0), (1, 0)).int(), max(seqs.sizes)
+    def attend_flat(
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `SelfAttention.forward`."""
+        tokens = queries = Spans(seqs.bounds.int(), max(seqs.sizes))
         query, key, value = self.query_key_value(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        query_starts, most = starts, longest
+        asking = query
         if first_only and not score:
-            query, most = query[seqs.starts], 1
-            query_starts = torch.arange(len(seqs.sizes) + 1, dtype=torch.int32, device=x.device)
-        scale = query.size(-1) ** -0.5
-        context, lse = self.kernel(query, key, value, (query_starts, starts), (most, longest), scale)
+            asking = query.index_select(0, seqs.starts)
+            queries = Spans(torch.arange(len(seqs.sizes) + 1, dtype=torch.int32, device=x.device), 1)
+        presence = None if presence is None else presence.clamp(min=1e-6)  # 0 has no logarithm
+        rate = self.dropout.p if self.training else 0.0
+        context, lse = attend(asking, key, value, queries, tokens, presence, self.kernels, rate)
         received = None
         if score:
-            with torch.no_grad():
-                received = received_attention(query, key, lse, starts, longest, self.kernel)
-            context = context[seqs.starts] if first_only else context
+            received = ReceivedAttention.apply(query, key, presence, lse, tokens, self.kernels)
+            context = context.index_select(0, seqs.starts) if first_only else context
         return self.output(context.flatten(1)), received
 
 
-def use_flat_attention(model: Model, learns_scores: bool = False) -> Model:
-    """Lets a model on a GPU attend without grids, where torch has the kernel (2.11 or later). Returns the model.
+class RoundedLinear(nn.Linear):
+    """A linear layer that adds rows of zeros up to one of 16 numbers between each power of 2 and the next.
 
-    learns_scores: soft training, whose masks need the gradient of the scores.
+    cuBLAS searches for an algorithm whenever it meets a new shape, and pruning makes new numbers of rows in every layer
+    of every batch. The search takes longer than the product, but for the largest ones.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, in) -> (T, out)."""
+        rows = len(x)
+        more = -rows % max(FEWEST_ROWS, 1 << max(0, rows.bit_length() - 5))
+        if more == 0 or rows > MOST_ROWS or not x.is_cuda:
+            return super().forward(x)
+        x = x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else x
+        return super().forward(torch.cat([x, x.new_zeros(more, x.size(1))]))[:rows]
+
+
+def use_gpu(model: Model) -> Model:
+    """Lets a model on a GPU attend without grids in bf16, and round the rows of its products. Returns the model.
+
+    Grids stay where the kernels do not take the size of its heads, and where triton is not installed.
+    """
+    if not next(model.parameters()).is_cuda:
+        return model
+    for part in model.layers.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = RoundedLinear
+    head = model.config.hidden_size // model.config.num_attention_heads
+    if head % 8 or head > LARGEST_HEAD:
+        return model
     try:
-        import torch.nn.attention.varlen  # noqa: F401
+        from support.received import received_attention
     except ImportError:
         return model
-    if next(model.parameters()).is_cuda:
-        for layer in model.layers:
-            layer.attention.__class__ = FlatAttention
-            layer.attention.learns_scores = learns_scores
+    for layer in model.layers:
+        layer.attention.__class__ = FlatAttention
+        layer.attention.kernels = Kernels(flash, received_attention)
     return model

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import torch
+
 from model import Model
 from support.cpu import pack_weights, use_fast_dropout
-from support.cuda import use_flat_attention
+from support.cuda import use_gpu
 from support.process import Process
 
 
 def for_inference(model: Model, process: Process) -> Model:
-    """For weights that stay as they are. Returns the model."""
-    return pack_weights(use_flat_attention(model.to(process.device)))
+    """For weights that stay as they are: in bf16 all but the thresholds are rounded to it. Returns the model."""
+    model = use_gpu(model.to(process.device))
+    if process.precision == "bf16":
+        thresholds = model.thresholds.data
+        model.to(torch.bfloat16).thresholds.data = thresholds
+    return pack_weights(model)
 
 
-def for_training(model: Model, process: Process, stage: str) -> Model:
+def for_training(model: Model, process: Process) -> Model:
     """For training, and the evaluations on its way. Returns the model."""
-    return use_fast_dropout(use_flat_attention(model.to(process.device), learns_scores=stage == "soft"))
+    return use_fast_dropout(use_gpu(model.to(process.device)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 
 from support.cpu import keep_freed_memory
@@ -32,9 +33,10 @@ class Process:
         """Whether this process prints and writes."""
         return self.rank == 0
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Matrix products in bf16 if the precision says so. Softmax, scores, masks and thresholds stay in float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def autocast(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """Matrix products of a float32 model in bf16, if the precision says so. Scores and masks stay in float32."""
+        rounds = self.precision == "bf16" and all(x.dtype == torch.float32 for x in model.parameters())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=rounds)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums a tensor over all processes, in place."""

@@ -1,6 +1,5 @@
 """On a GPU: the CPU's answers, steps, resumed runs, waits and errors. Skipped where there is none."""
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from train import Trainer
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 ROOT = Path(__file__).parent.parent
 GPU = Process(device=torch.device("cuda"))
+HALF = Process(device=torch.device("cuda"), precision="bf16")
+WIDE = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256}  # heads that the kernel takes
 BF16 = 0.05  # of the largest logit: bf16 has 8 bits, and six layers add up
 
 
@@ -46,45 +47,83 @@ def test_fp32_answers_are_the_cpus(mode, head):
 
 @pytest.mark.parametrize("mode", ["dense", "hard", "topk"])
 def test_bf16_without_a_grid_is_near_the_cpus_fp32(mode):
-    model = pruning_model(hidden_size=128, num_attention_heads=2, intermediate_size=256, token_keep_rate=-1.0)
-    there = for_inference(copy_of(model), GPU)
+    model = pruning_model(**WIDE, token_keep_rate=-1.0)
+    there = for_inference(copy_of(model), HALF)
     assert isinstance(there.layers[0].attention, FlatAttention)
+    assert there.layers[0].output.weight.dtype == torch.bfloat16 and there.thresholds.dtype == torch.float32
     batch = pack(random_sequences(40))
     pruners = {"dense": Dense(), "hard": Hard(model.thresholds), "topk": TopK([1.0, 0.8, 0.6, 0.5, 0.3])}
     there_pruners = pruners | {"hard": Hard(there.thresholds)}
     with torch.inference_mode():
         expected = model(batch, pruners[mode])
-        with torch.autocast("cuda", torch.bfloat16):
+        with HALF.autocast(model):
             output = there(batch.to("cuda"), there_pruners[mode])
     same = (output.kept.cpu() == expected.kept).all(0)
-    assert same.double().mean() > 0.7 and (mode == "hard" or same.all())
+    assert same.double().mean() > 0.2 and (mode == "hard" or same.all())
+    if mode == "hard":  # in the first layer, only tokens near the threshold may change sides
+        one, other = expected.steps[0], output.steps[0]
+        torch.testing.assert_close(other.scores.cpu(), one.scores, rtol=0.05, atol=0)
+        changed = one.decision.keep != other.decision.keep.cpu()
+        assert ((one.scores / model.thresholds[0] - 1).abs()[changed] < 0.05).all()
     error = (output.logits.float().cpu() - expected.logits)[same].abs().max()
     assert error < BF16 * expected.logits.abs().max()
 
 
+def attend_on_grids(model: Model) -> None:
+    for layer in model.layers:
+        layer.attention.__class__ = FlatAttention.__base__
+
+
 def test_scores_without_a_grid_are_those_on_grids():
-    model = for_inference(pruning_model(hidden_size=128, num_attention_heads=2, intermediate_size=256), GPU)
+    model = for_inference(pruning_model(**WIDE), GPU)
     batch, scores = pack(random_sequences(20)).to("cuda"), []
-    for flat in (True, False):
-        for layer in model.layers:
-            layer.attention.dropout.p = 0.0
-            layer.attention.__class__ = FlatAttention if flat else FlatAttention.__base__
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
-            scores.append(model(batch, Hard(torch.full((5,), 1e-30, device="cuda"))).steps[0].scores)
+    pruner = Hard(torch.full((5,), 1e-30, device="cuda"))
+    for _ in range(2):
+        with torch.inference_mode(), HALF.autocast(model):
+            scores.append(model(batch, pruner).steps[0].scores)
+        attend_on_grids(model)
     torch.testing.assert_close(*scores, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["hard", "soft", "soft_attention"])
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_gradients_without_a_grid_are_those_on_grids(mode, head):
+    model = for_training(pruning_model(**WIDE, head=head), HALF).requires_grad_(True)
+    assert isinstance(model.layers[0].attention, FlatAttention)
+    batch, gradients = pack(random_sequences(20)).to("cuda"), []
+    for _ in range(2):
+        model.zero_grad()
+        with HALF.autocast(model):
+            output = model(batch, make_pruner(model, mode, 1e-3))
+        (output.logits.float().square().sum() + output.kept.double().sum() / 100).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        attend_on_grids(model)
+    assert (gradients[0] - gradients[1]).norm() < 0.03 * gradients[1].norm()
+
+
+def test_dropout_on_attention_without_a_grid():
+    model = for_training(pruning_model(**WIDE, attention_probs_dropout_prob=0.5), HALF)
+    batch, logits = pack(random_sequences(20)).to("cuda"), []
+    for seed, training in ((0, True), (0, True), (1, True), (1, False)):
+        torch.manual_seed(seed)
+        with torch.inference_mode(), HALF.autocast(model):
+            logits.append(model.train(training)(batch, Dense()).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2]) and not torch.equal(logits[2], logits[3])
+
+
+@pytest.mark.parametrize("process, tolerance", [(GPU, 1e-3), (HALF, 3e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["finetune", "soft", "hard", "topk", "manual"])
-def test_a_step_of_each_stage_is_the_cpus(name, demo, source):
+def test_a_step_of_each_stage_is_the_cpus(name, process, tolerance, demo, source):
     losses = []
     examples = source.load("train", Tokenizer(demo / "model"), 60)[0][""]
-    for process in (Process(), GPU):
+    for process in (Process(), process):
         torch.manual_seed(0)
-        model = for_training(pruning_model(labels=("n", "p"), vocab_size=600, max_seq_length=60), process, name)
-        settings = Settings(learning_rate=1e-3, epochs=1.0, batch_size=16)
+        model = for_training(pruning_model(**WIDE, labels=("n", "p"), vocab_size=600, max_seq_length=60), process)
+        settings = Settings(learning_rate=1e-4, epochs=1.0, batch_size=16)
         trainer = Trainer(model, stage=name, task=source.task, train_set=examples, settings=settings, process=process)
         losses.append([trainer.step(indices).loss for _, indices in zip(range(3), trainer.batches())])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert losses[0] == pytest.approx(losses[1], abs=tolerance)
 
 
 def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -147,27 +186,28 @@ def test_an_nccl_group_of_one(demo, tmp_path):
 
 
 def test_a_full_memory_is_one_clear_line(demo, tmp_path):
-    lines = "".join(json.dumps({"text": "a film " * 60}) + "\n" for _ in range(64))
-    (tmp_path / "in.jsonl").write_text(lines)
     code = (
         "import sys, torch, ltp\n"
-        "torch.cuda.set_per_process_memory_fraction(0.0005)\n"
+        "memory = torch.cuda.get_device_properties(0).total_memory\n"
+        "torch.cuda.set_per_process_memory_fraction(4e6 / memory)\n"
         "sys.argv[0] = 'ltp.py'\n"
         "ltp.main()\n"
     )
-    arguments = ["eval", "--restore", demo / "model", "--data", demo / "data", "--device", "cuda", "--batch-size", 4096]
+    arguments = ["finetune", "--restore", demo / "model", "--data", demo / "data", "--device", "cuda"]
+    arguments += ["--output", tmp_path / "run"]
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 1 and "the GPU's memory is full" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("process", [GPU, HALF], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("mode, waits", [("dense", 1), ("hard", 7), ("topk", 6)])
-def test_waits_by_torchs_own_count(mode, waits, recwarn):
-    model = for_inference(pruning_model(token_keep_rate=-1.0), GPU)
+def test_waits_by_torchs_own_count(mode, waits, process, recwarn):
+    model = for_inference(pruning_model(**WIDE, token_keep_rate=-1.0), process)
     pruner = {"dense": Dense(), "hard": Hard(model.thresholds), "topk": TopK([1.0, 0.8, 0.6, 0.5, 0.3])}[mode]
     batch = pack(random_sequences(8)).to("cuda")
-    with torch.inference_mode():
+    with torch.inference_mode(), process.autocast(model):
         model(batch, pruner)
         torch.cuda.set_sync_debug_mode("warn")
         try:

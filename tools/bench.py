@@ -94,7 +94,7 @@ def time_pass(model: Model, batches: list[Batch], pruner: Dense, process: Proces
     for batch in batches:
         synchronize(process)
         start = time.perf_counter()
-        with process.autocast():
+        with process.autocast(model):
             outputs.append(model(batch, pruner))
         synchronize(process)
         times.append(time.perf_counter() - start)

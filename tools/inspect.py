@@ -71,7 +71,7 @@ def examine_one(predictor: Predictor, record: Record) -> dict[str, Any]:
         )
     token_ids = prepared.encoded[0].token_ids
     batch = pack_encoded(prepared.encoded).to(predictor.process.device)
-    with predictor.process.autocast():
+    with predictor.process.autocast(predictor.model):
         pruned = predictor.model(batch, AllScores(predictor.model.pruner()))
         passes = Passes(pruned, predictor.model(batch, Dense()))
     config = predictor.model.config

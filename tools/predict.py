@@ -83,7 +83,7 @@ class Predictor:
         order = np.argsort(lengths, kind="stable")
         for indices in token_batches(order, lengths, self.batch_size, max_tokens=self.max_tokens):
             batch = pack_encoded([encoded[i] for i in indices])
-            with self.process.autocast():
+            with self.process.autocast(self.model):
                 output = self.model(batch.to(self.process.device), self.pruner)
             rows = by_sequence(output.logits.float().cpu(), lengths[indices].tolist(), self.model.config.head)
             for i, logits, kept in zip(indices, rows, output.kept.T.tolist()):

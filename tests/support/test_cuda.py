@@ -1,38 +1,94 @@
-"""Attention without a grid: its arithmetic on a CPU, by a kernel of plain operations."""
+"""Attention without a grid: its arithmetic on a CPU, by kernels of plain operations, and the real one interpreted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from small_models import pruning_model, random_sequences
 from torch import Tensor
 
-from model import Dense, Hard, Sequences, TopK, pack
-from support.cuda import FlatAttention, received_attention
+from model import Dense, Hard, Sequences, Soft, TopK, pack
+from support.cuda import FlatAttention, Kernels, ReceivedAttention, Spans, attend
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, starts, longest, scale) -> tuple[Tensor, Tensor]:
+def plain(query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, scale, dropout):
     """Products of the given numbers, summed in float32, a sequence at a time."""
     contexts, sums = [], []
-    for a, b, c, d in zip(starts[0], starts[0][1:], starts[1], starts[1][1:]):
-        assert b - a <= longest[0] and d - c <= longest[1]
+    for a, b, c, d in zip(queries.starts, queries.starts[1:], keys.starts, keys.starts[1:]):
+        assert b - a <= queries.longest and d - c <= keys.longest and dropout == 0
         logits = torch.einsum("qhd,khd->hqk", query[a:b].float(), key[c:d].float()) * scale
         contexts.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), value[c:d].float()).to(value.dtype))
         sums.append(logits.logsumexp(-1).T)
-    return torch.cat(contexts), torch.cat(sums)
+    return torch.cat(contexts), torch.cat(sums).detach()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-6), (torch.float32, 1e-5)])
-def test_received_attention_is_the_sum_of_the_matrix(dtype, tolerance):
+def plain_sums(query, key, presence, lse, starts, longest) -> Tensor:
+    """What received.py computes."""
+    sums, presence = [], torch.ones(len(query)) if presence is None else presence
+    for a, b in zip(starts, starts[1:]):
+        logits = torch.einsum("qhd,khd->hqk", query[a:b].float(), key[a:b].float()) * query.size(2) ** -0.5
+        sums.append(((logits - lse[a:b].T[:, :, None]).exp() * presence[a:b, None]).sum((0, 1)))
+    return torch.cat(sums)
+
+
+PLAIN = Kernels(plain, plain_sums)
+
+
+def some_heads(dtype: torch.dtype) -> tuple[Spans, Tensor, Tensor, Tensor]:
+    """Four sequences: where they lie, query, key (T, 4, 16) and presence (T,)."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 7, 200, 33])
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    query, key = (3 * torch.randn(int(lengths.sum()), 4, 16, generator=generator) for _ in range(2))
-    query, key = query.to(dtype), key.to(dtype)
-    _, lse = plain(query, key, key, (starts, starts), (200, 200), 0.25)
-    received = received_attention(query, key, lse, starts, 200, plain)
-    for a, b in zip(starts, starts[1:]):
-        matrix = (torch.einsum("qhd,khd->hqk", query[a:b].double(), key[a:b].double()) / 4).softmax(-1)
-        torch.testing.assert_close(received[a:b].double(), matrix.sum((0, 1)), rtol=tolerance * 10, atol=1e-7)
-        assert received[a:b].sum() == pytest.approx(4 * int(b - a), rel=1e-5)
+    spans = Spans(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), 200)
+    query, key = (2 * torch.randn(int(lengths.sum()), 4, 16, generator=generator) for _ in range(2))
+    return spans, query.to(dtype), key.to(dtype), torch.rand(query.size(0), generator=generator) ** 4 + 1e-6
+
+
+def matrix_sums(spans: Spans, query: Tensor, key: Tensor, presence: Tensor | None) -> Tensor:
+    """What each token receives, by the probabilities themselves."""
+    presence = torch.ones(len(query)) if presence is None else presence
+    sums = []
+    for a, b in zip(spans.starts, spans.starts[1:]):
+        logits = torch.einsum("qhd,khd->hqk", query[a:b].double(), key[a:b].double()) / 4
+        probabilities = (logits + presence[a:b].double().log()).softmax(-1)
+        sums.append((probabilities * presence[a:b, None]).sum((0, 1)))
+    return torch.cat(sums)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_received_attention_is_the_sum_of_the_matrix(dtype, masked):
+    spans, query, key, presence = some_heads(dtype)
+    presence = presence if masked else None
+    _, lse = attend(query, key, key, spans, spans, presence, PLAIN)
+    received = ReceivedAttention.apply(query, key, presence, lse, spans, PLAIN)
+    torch.testing.assert_close(received.double(), matrix_sums(spans, query, key, presence), rtol=2e-5, atol=1e-7)
+    if not masked:
+        assert received[1:8].sum() == pytest.approx(4 * 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-5)])
+def test_received_attention_has_the_gradient_of_the_matrix(dtype, tolerance, masked):
+    spans, query, key, presence = some_heads(dtype)
+    inputs = [x.requires_grad_() for x in (query, key, *([presence] if masked else []))]
+    weights = torch.randn(len(query), generator=torch.Generator().manual_seed(1))
+    _, lse = attend(query, key, key, spans, spans, presence if masked else None, PLAIN)
+    received = ReceivedAttention.apply(query, key, presence if masked else None, lse, spans, PLAIN)
+    ours = torch.autograd.grad((received * weights).sum(), inputs)
+    sums = matrix_sums(spans, query, key, presence if masked else None)
+    theirs = torch.autograd.grad((sums * weights).sum(), inputs)
+    for one, other in zip(ours, theirs):
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+def attend_without_grids(model, monkeypatch):
+    """Lets a model on the CPU attend without grids."""
+    monkeypatch.setattr(FlatAttention, "forward", FlatAttention.attend_flat)
+    for layer in model.layers:
+        layer.attention.__class__, layer.attention.kernels = FlatAttention, PLAIN
 
 
 @pytest.mark.parametrize("head", ["sequence", "token"])
@@ -43,12 +99,7 @@ def test_a_model_answers_as_with_grids(mode, head, monkeypatch):
     batch = pack(sequences)
     with torch.inference_mode():
         expected = model(batch, pruner)
-    monkeypatch.setattr(FlatAttention, "kernel", staticmethod(plain))
-    monkeypatch.setattr(
-        FlatAttention, "forward", lambda self, x, seqs, presence, *rest: self.attend_flat(x, seqs, *rest)
-    )
-    for layer in model.layers:
-        layer.attention.__class__ = FlatAttention
+    attend_without_grids(model, monkeypatch)
     with torch.inference_mode():
         output = model(batch, pruner)
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
@@ -56,20 +107,41 @@ def test_a_model_answers_as_with_grids(mode, head, monkeypatch):
     assert mode == "dense" or output.kept[-1].sum() < Sequences(batch.lengths).num_tokens / 2
 
 
-def test_the_context_has_a_gradient_where_tokens_are_dropped(monkeypatch):
-    model, batch = pruning_model(), pack(random_sequences(5))
+@pytest.mark.parametrize("mode", ["hard", "soft", "soft on attention"])
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_gradients_are_those_with_grids(mode, head, monkeypatch):
+    model, batch = pruning_model(head=head), pack(random_sequences(5))
     model.requires_grad_(True)
+    pruner = Hard(model.thresholds) if mode == "hard" else Soft(model.thresholds, 1e-3, mode == "soft on attention")
     grads = []
     for flat in (False, True):
         model.zero_grad()
         if flat:
-            monkeypatch.setattr(FlatAttention, "kernel", staticmethod(plain))
-            monkeypatch.setattr(
-                FlatAttention, "forward", lambda self, x, seqs, p, *rest: self.attend_flat(x, seqs, *rest)
-            )
-            for layer in model.layers:
-                layer.attention.__class__ = FlatAttention
-        model(batch, Hard(model.thresholds)).logits.square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for one, other in zip(*grads):
-        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3)
+            attend_without_grids(model, monkeypatch)
+        output = model(batch, pruner)
+        (output.logits.square().sum() + output.kept.double().sum()).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert mode == "hard" or grads[0]["thresholds"].abs().min() > 0
+    for name, gradient in grads[0].items():
+        if not name.endswith("query_key_value.bias"):  # a key's bias has no gradient but rounding
+            assert (grads[1][name] - gradient).norm() < 1e-3 * gradient.norm(), name
+
+
+def test_the_kernel_of_received_attention_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    code = (
+        "import torch\n"
+        "from support.received import received_attention\n"
+        "from test_cuda import PLAIN, attend, matrix_sums, some_heads\n"
+        "spans, query, key, presence = some_heads(torch.float32)\n"
+        "for mask in (None, presence):\n"
+        "    _, lse = attend(query, key, key, spans, spans, mask, PLAIN)\n"
+        "    sums = received_attention(query, key, mask, lse.T.contiguous().T, *spans)\n"
+        "    sums = sums if mask is None else sums * mask\n"
+        "    torch.testing.assert_close(sums.double(), matrix_sums(spans, query, key, mask), rtol=1e-5, atol=1e-7)\n"
+    )
+    tests = Path(__file__).parent.parent
+    paths = os.pathsep.join(map(str, (tests.parent, tests, tests / "support")))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import random_sequences, small_model
 
+from model import Dense, pack
+from support.devices import for_inference
 from support.errors import InputError
 from support.process import Process, choose_device, start_process, stop_signals, usual_precision
 
@@ -49,10 +52,16 @@ def test_bf16_is_usual_where_a_gpu_multiplies_it_natively(native, monkeypatch):
 
 
 def test_precision_acts_on_matrix_products():
-    layer, x = torch.nn.Linear(3, 2), torch.ones(1, 3)
+    batch = pack(random_sequences(3))
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        with Process(precision=precision).autocast():
-            assert layer(x).dtype == dtype
+        model, process = small_model(), Process(precision=precision)
+        with torch.inference_mode(), process.autocast(model):
+            expected = model(batch, Dense()).logits
+        model = for_inference(model, process)
+        with torch.inference_mode(), process.autocast(model):
+            logits = model(batch, Dense()).logits
+        assert expected.dtype == logits.dtype == dtype and model.thresholds.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, atol=0.02 if precision == "bf16" else 1e-5, rtol=0)
 
 
 def test_devices_that_are_not_there(monkeypatch):
