@@ -398,7 +398,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **options: Any) -> N
 
 @main.command()
 @export_options
-def export(restore: str, output: Path, dense: bool) -> None:
+def export(restore: str, output: Path, int8: bool, dense: bool) -> None:
     """Write a checkpoint as ONNX. The graph takes one text at a time, and drops tokens inside.
 
     \b
@@ -407,16 +407,15 @@ def export(restore: str, output: Path, dense: bool) -> None:
     Inputs are input_ids (1, tokens), token_type_ids for models with several segments, and question_length (1) where the
     question is protected. Outputs are logits (1, labels) and kept (layers), the tokens leaving each layer. ONNX Runtime
     runs the new file on several lengths, and its answers are compared with the model's before the file takes its
-    place. Needs onnx and onnxscript, and onnxruntime to compare.
-    """
-    from support.checkpoint import find_model, load_model
-    from support.files import write_file
-    from tools.export import export_model
+    place. The tokenizer is in the file, too: `eval` and `predict` take it as --restore, and serving/serve.py answers
+    without PyTorch. Needs onnx and onnxscript, and onnxruntime to compare.
 
-    model = load_model(find_model(restore), **{"prune_mode": None} if dense else {}).model
-    reports: list[str] = []
-    write_file(output, lambda path: reports.append(export_model(model, path)))
-    click.echo(f"{output}: {reports[0]}")
+    --int8 rounds after the comparison. What that costs depends on the model: run `eval` with both files.
+    """
+    from support.checkpoint import find_model
+    from tools.export import export_checkpoint
+
+    click.echo(f"{output}: {export_checkpoint(find_model(restore), output, int8, dense)}")
 
 
 @main.command()

@@ -114,20 +114,36 @@ def padded(batch: Batch, width: int | None = None) -> tuple[Tensor, Tensor]:
 
 def our_runs(
     model: Model, batches: list[Batch], reductions: list[float]
-) -> tuple[dict[str, Run], dict[str, Reduction]]:
-    """The dense run and the pruned ones, and the FLOPs reductions that they reach."""
-    dense = Dense()
+) -> tuple[dict[str, Run], dict[str, Reduction], dict[str, Model]]:
+    """The dense run and the pruned ones, the FLOPs reductions that they reach, and their models."""
+    dense, models = Dense(), {DENSE: model}
     runs: dict[str, Run] = {DENSE: lambda batch: model(batch, dense).logits}
     reached = {DENSE: Reduction(1.0, 1.0)}
     for reduction in reductions:
         pruned = Model(replace(model.config, prune_mode="absolute_threshold")).eval()
         pruned.load_state_dict(model.state_dict())
         name = f"ours, {reduction:g}x fewer FLOPs"
-        reached[name] = set_thresholds(pruned, batches, reduction)
+        reached[name], models[name] = set_thresholds(pruned, batches, reduction), pruned
         pruner = Uncounted(pruned)
         runs[name] = lambda batch, pruned=pack_weights(pruned), pruner=pruner: pruned(batch, pruner).logits
     pack_weights(model)
-    return runs, reached
+    return runs, reached, models
+
+
+def add_exported(runs: dict[str, Run], models: dict[str, Model], folder: Path) -> None:
+    """Adds our exported graphs in ONNX Runtime to `runs`, in float32 and with products in int8: one text at a time."""
+    from support.onnx_file import OnnxModel
+    from tools.export import export_model, quantize
+
+    for i, (name, model) in enumerate(models.items()):
+        copy = Model(model.config).eval()
+        copy.load_state_dict(model.state_dict())
+        paths = folder / f"{i}.onnx", folder / f"{i}-int8.onnx"
+        export_model(copy, paths[0])
+        quantize(*paths)
+        for path, ending in zip(paths, ("ONNX Runtime", "ONNX Runtime, int8")):
+            graph = OnnxModel(model.config, path, list(range(len(model.config.labels))))
+            runs[f"{name}, {ending}"] = lambda batch, graph=graph: graph(batch).logits
 
 
 def other_libraries(folder: Path, compile: bool) -> dict[str, tuple[Callable, int | None]]:
@@ -240,7 +256,7 @@ def time_in_turn(
                 runs[name](batch)
             if repeat:
                 times[name].append(time.perf_counter() - start)
-            if name == "ONNX Runtime":
+            if "ONNX Runtime" in name:
                 time.sleep(0.5)  # its threads go on spinning for a while
     return {name: float(np.median(row)) for name, row in times.items()}, float(np.median(rates[1:]))
 
@@ -318,6 +334,7 @@ def make_conditions(options: dict[str, Any], config: Config, lengths: Tensor, pr
 )
 @click.option("--compile", is_flag=True, help="Also transformers with torch.compile (takes minutes to compile).")
 @click.option("--others/--only-ours", default=True, show_default=True, help="Leave the other libraries out.")
+@click.option("--exported", is_flag=True, help="Also our exported graphs, in float32 and int8.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table there.")
 @torch.inference_mode()
@@ -334,11 +351,13 @@ def main(**options: Any) -> None:
     generator = np.random.default_rng(seed)
     sequences = [generator.integers(3, 1000, n).tolist() for n in lengths]
     batches = [pack(sequences[i : i + size]) for i in range(0, examples, size)]
-    runs, reached = our_runs(model, batches, [float(word) for word in options["reductions"].split(",")])
+    runs, reached, models = our_runs(model, batches, [float(word) for word in options["reductions"].split(",")])
     with tempfile.TemporaryDirectory() as folder:
         if options["others"]:
             save_model(folder, model)
             add_others(runs, Path(folder), batches, options["compile"])
+        if options["exported"]:
+            add_exported(runs, models, Path(folder))
         rate = product_rate(int(batches[len(batches) // 2].lengths.sum()), config)
         seconds, product = time_in_turn(runs, batches, rate, options["repeats"], generator)
         memory = {name: peak_memory(lambda run=run: run(batches[-1])) for name, run in runs.items()}

@@ -32,6 +32,7 @@ from model import (
 )
 from support.errors import InputError, plural
 from support.files import file_digest, write_file, write_text
+from support.onnx_file import GRAPH, OnnxModel, open_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -187,12 +188,15 @@ def folder_digest(folder: Path) -> str:
 
 
 def find_model(name: str, option: str = "--restore") -> Path:
-    """The folder of a model: `name` itself, or a hub model's copy in the local cache, downloaded if it is not there.
+    """The folder of a model: `name` itself, what an exported file holds (see onnx_file.py), or a hub model's copy in
+    the local cache, downloaded if it is not there.
 
     A hub name may give a revision (branch, tag or commit): "name@revision".
     Raises: InputError, naming the command line's `option`, if there is neither.
     """
     hub_name = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?", name)
+    if name.endswith(".onnx") and Path(name).is_file():
+        return open_file(Path(name))
     if Path(name).exists() or not hub_name:
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -235,6 +239,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def weights_file(folder: Path) -> Path:
     """The file of a folder's weights, or the index of its shards. Raises: InputError if there is none."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None and (folder / GRAPH).exists():
+        raise InputError(f"{(folder / GRAPH).resolve()}: an exported model cannot change; use its checkpoint here")
     if path is None:
         raise InputError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin")
     return path
@@ -309,7 +315,7 @@ def release_thresholds(tensors: dict[str, Tensor], config: Config, folder: Path)
 class Loaded(NamedTuple):
     """What `load_model` returns."""
 
-    model: Model
+    model: Model | OnnxModel
     has_thresholds: bool  # whether the folder held thresholds
     notes: list[str]  # what the user should know
 
@@ -334,6 +340,8 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     """
     folder = Path(folder)
     saved = load_config(folder)
+    if (folder / GRAPH).exists() and not (new_head or changes):
+        return load_graph(folder, saved, saved.labels if labels is None else tuple(labels))
     config = replace(saved, **changes)
     tensors = {}
     for name, tensor in read_tensors(folder).items():
@@ -367,6 +375,17 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     refuse_unknown(tensors, config, folder)
     model.requires_grad_(True).thresholds.requires_grad_(False)
     return Loaded(model.eval(), has_thresholds, [note] if note else [])
+
+
+def load_graph(folder: Path, config: Config, labels: tuple[str, ...]) -> Loaded:
+    """The exported model of an opened file. Raises: InputError."""
+    if len(labels) != len(config.labels):
+        raise InputError(f"{folder / GRAPH}: has {plural(len(config.labels), 'output')}, not {len(labels)}")
+    order = {output_name(config): torch.arange(len(labels))}  # in place of a head's rows
+    note = match_labels(order, config, labels)
+    config = replace(config, labels=labels)
+    model = OnnxModel(config, folder / GRAPH, order[output_name(config)].tolist())
+    return Loaded(model.eval(), True, [note] if note else [])
 
 
 def head_title(config: Config) -> str:

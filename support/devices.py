@@ -12,6 +12,8 @@ from support.process import Process
 
 def for_inference(model: Model, process: Process) -> Model:
     """For weights that stay as they are: in bf16 all but the thresholds are rounded to it. Returns the model."""
+    if not isinstance(model, Model):  # an exported one
+        return model
     model = use_gpu(model.to(process.device))
     if process.precision == "bf16":
         thresholds = model.thresholds.data

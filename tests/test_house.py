@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "support.checkpoint": {"support", "model"},
     "support.cpu": {"support", "model"},
     "support.cuda": {"support", "model"},
+    "support.onnx_file": {"support", "model"},
     "support.devices": {"support", "model"},
     "data": {"support", "model"},
     "tasks": {"support", "model", "data", "tasks"},

@@ -6,9 +6,11 @@ numbers, and ONNX has no stable sort for top-k. `OneSequence` and `RankedTopK` s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,26 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import Alive, Batch, Decision, Dense, Grid, Hard, Model, Sequences, TopK, pack, topk_counts, topk_rates
+from model import (
+    Alive,
+    Batch,
+    Config,
+    Decision,
+    Dense,
+    Grid,
+    Hard,
+    Model,
+    Sequences,
+    TopK,
+    pack,
+    topk_counts,
+    topk_rates,
+)
+from support.checkpoint import load_model
 from support.errors import InputError
+from support.files import write_file
+from support.onnx_file import FILES, GRAPH, pack_files
+from tasks.tokenizer import Tokenizer
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
 OUTPUTS = ["logits", "kept"]
@@ -135,9 +155,29 @@ class SingleSequence(nn.Module):
 # Writing and comparing
 
 
-def export_model(model: Model, path: Path) -> str:
+def export_checkpoint(folder: Path, output: Path, int8: bool = False, dense: bool = False) -> str:
+    """Writes a model folder as one ONNX file, whole or not at all, and returns a line on it. Raises: InputError."""
+    if (folder / GRAPH).exists():
+        raise InputError(f"{(folder / GRAPH).resolve()}: is exported already; export the checkpoint it was made of")
+    model = load_model(folder, **{"prune_mode": None} if dense else {}).model
+    tokenizer, reports = Tokenizer(folder), []
+
+    def write(path: Path) -> None:
+        if not int8:
+            reports.append(export_model(model, path, tokenizer))
+            return
+        with tempfile.TemporaryDirectory() as between:
+            reports.append(export_model(model, Path(between, GRAPH), tokenizer) + "; then rounded to int8")
+            quantize(Path(between, GRAPH), path)
+
+    write_file(output, write)
+    return reports[0]
+
+
+def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None) -> str:
     """Writes the model as one ONNX file and returns a line on the result.
 
+    tokenizer: travels in the file's metadata, with the configuration (see support/onnx_file.py and serving/serve.py).
     Where ONNX Runtime is installed, the file is run there and compared with the model.
     Raises: InputError without onnx and onnxscript, or if the graph does not compute what the model does.
     """
@@ -149,9 +189,47 @@ def export_model(model: Model, path: Path) -> str:
         ) from None
     model.requires_grad_(False).eval()
     program = trace(SingleSequence(model).eval())
-    program.model.metadata_props["labels"] = json.dumps(model.config.labels)
+    program.model.metadata_props.update(metadata_of(model.config, tokenizer))
     program.save(path, external_data=False)
     return f"inputs {', '.join(SingleSequence(model).input_names)} (1, tokens); {compare(model, path)}"
+
+
+def metadata_of(config: Config, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """What an exported file says of itself: labels; for `--restore`, all files; for serving/serve.py, the rest."""
+    labels = {"labels": json.dumps(config.labels)}
+    if tokenizer is None:
+        return labels
+    settings = {
+        "head": config.head,
+        "max_length": min(config.max_seq_length, config.max_tokens),
+        "cut_side": tokenizer.cut_side,
+        "reads_segments": tokenizer.reads_segments,
+    }
+    files = tokenizer.files | {"config.json": json.dumps(config.to_dict()).encode()}
+    return labels | {
+        "tokenizer": tokenizer.backend.to_str(),
+        "settings": json.dumps(settings),
+        FILES: pack_files(files),
+    }
+
+
+def quantize(path: Path, output: Path) -> None:
+    """Writes a file with the weights of all linear layers in int8, a scale for each output; inputs are rounded as they
+    come. Embeddings stay in float32. Raises: InputError without onnxruntime."""
+    try:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--int8 needs onnxruntime, and {error.name} is not installed: pip install onnxruntime"
+        ) from None
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # it reports shapes it cannot infer
+        logging.disable(logging.WARNING)
+        try:
+            quantize_dynamic(
+                path, output, op_types_to_quantize=["Gemm", "MatMul"], per_channel=True, weight_type=QuantType.QInt8
+            )
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def trace(single: SingleSequence) -> Any:

@@ -1,0 +1,97 @@
+"""An exported model in the place of a checkpoint: an ONNX file whose metadata holds config.json and the tokenizer."""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import Batch, Config, Dense
+from support.errors import InputError
+
+GRAPH = "model.onnx"  # its name in an opened folder
+FILES = "files"  # key of the metadata: JSON {name of a file: its content in base64}
+
+
+def pack_files(files: dict[str, bytes]) -> str:
+    """The metadata's value for some files."""
+    return json.dumps({name: base64.b64encode(content).decode() for name, content in files.items()})
+
+
+def open_file(path: Path) -> Path:
+    """A temporary folder with the files of an exported model, and the graph itself. It goes when the program ends.
+
+    Raises: InputError.
+    """
+    session = start_session(path)
+    metadata = session.get_modelmeta().custom_metadata_map
+    if FILES not in metadata:
+        raise InputError(f"{path}: holds no configuration and no tokenizer; write it again with `export`")
+    folder = Path(tempfile.mkdtemp(prefix="ltp-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, content in json.loads(metadata[FILES]).items():
+        (folder / Path(name).name).write_bytes(base64.b64decode(content))
+    (folder / GRAPH).symlink_to(path.resolve())
+    return folder
+
+
+def start_session(path: Path) -> Any:
+    """ONNX Runtime's session for a file, with torch's number of threads. Raises: InputError."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: needs onnxruntime: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library has a class for each reason, all of Exception alone
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"{path}: not a graph that ONNX Runtime can run ({reason})") from None
+
+
+class Answers(NamedTuple):
+    """As `model.Output`, without its steps."""
+
+    logits: Tensor  # (B, labels) or (T, labels)
+    kept: Tensor  # (L, B)
+
+
+class OnnxModel(nn.Module):
+    """Runs an exported graph as `Model` runs a batch. The graph takes one sequence at a time, and prunes by itself."""
+
+    def __init__(self, config: Config, path: Path, order: list[int]):
+        """order: the graph's outputs that become ours."""
+        super().__init__()
+        self.config, self.path, self.order = config, path, order
+        self.session = start_session(path)
+        self.names = [node.name for node in self.session.get_inputs()]
+        self.own_pruner = Dense()
+
+    def pruner(self) -> Dense:
+        """Stands for the graph's own rule: `forward` takes no other."""
+        return self.own_pruner
+
+    def forward(self, batch: Batch, pruner: Dense | None = None) -> Answers:
+        """Answers for a batch, on the CPU. Raises: InputError for another pruner."""
+        if pruner not in (None, self.own_pruner):
+            raise InputError(f"{self.path.resolve()}: an exported model prunes in its one way; use the checkpoint here")
+        logits, kept, start = [], [], 0
+        token_ids, segment_ids = batch.token_ids.cpu().numpy(), batch.segment_ids.cpu().numpy()
+        questions = batch.question_lengths.cpu().numpy()
+        for i, n in enumerate(batch.lengths.tolist()):
+            ids, segments = token_ids[None, start : start + n], segment_ids[None, start : start + n]
+            values = {"input_ids": ids, "token_type_ids": segments, "question_length": questions[i : i + 1]}
+            outputs = self.session.run(["logits", "kept"], {name: values[name].astype("int64") for name in self.names})
+            logits.append(torch.from_numpy(outputs[0]).flatten(0, -2)[:, self.order])
+            kept.append(torch.from_numpy(outputs[1]))
+            start += n
+        return Answers(torch.cat(logits), torch.stack(kept, 1))
