@@ -728,6 +728,8 @@ class Output(NamedTuple):
 class Model(nn.Module):
     """The packed, pruned encoder with its head."""
 
+    linear_bits = 32  # of the factors of linear layers; an exported model may have fewer
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -906,6 +908,16 @@ def layer_macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
 def macs(config: Config, lengths: Tensor, kept: Tensor) -> Tensor:
     """`layer_macs` summed over the layers: (B,)."""
     return layer_macs(config, lengths, kept).sum(0)
+
+
+def bit_operations(config: Config, lengths: Tensor, kept: Tensor, linear_bits: int = 32) -> Tensor:
+    """The paper's BOPs of each sequence (B,): multiply-accumulates times the bits of both factors.
+
+    linear_bits: of the factors of linear layers. Attention multiplies activations by each other, in float32.
+    """
+    entering = torch.cat([lengths[None], kept[:-1]])
+    attention = (2 * config.hidden_size * entering**2).sum(0)
+    return linear_bits**2 * (macs(config, lengths, kept) - attention) + 32**2 * attention
 
 
 def last_layer_saving(config: Config, entering: Tensor, kept: Tensor) -> Tensor:

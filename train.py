@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import IGNORED, Examples, chunked, epoch_batches, token_batches
-from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, Uncounted, macs, send
+from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, Uncounted, bit_operations, macs, send
 from support.errors import InputError, Interrupted
 from support.process import Process
 from support.settings import Settings
@@ -396,6 +396,7 @@ class Evaluation:
     gflops: float  # mean of an example, encoder layers only
     dense_gflops: float
     relative_flops: float
+    relative_bops: float  # bit operations as a share of the dense float32 model's
     kept: list[float]  # (L,) share of the tokens that survives each layer
     seconds: float  # of predicting, without loss and metrics
     examples_per_second: float
@@ -499,6 +500,7 @@ def evaluate(
         gflops=2e-9 * used / count,
         dense_gflops=2e-9 * dense / count,
         relative_flops=used / dense,
+        relative_bops=int(bit_operations(model.config, lengths, kept, model.linear_bits).sum()) / (32**2 * dense),
         kept=(kept.sum(1).double() / int(lengths.sum())).tolist(),
         seconds=seconds,
         examples_per_second=count / seconds,

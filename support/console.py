@@ -61,12 +61,17 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Prints evaluations one below the other on standard output: (title, fields of an `Evaluation`) each.
 
     A few metrics have a column each. Of many, only the first ones have, and the others stand in a line below the table.
+    Bit operations have one where they are not what the FLOPs say.
     """
     metrics = list(dict.fromkeys(name for _, record in rows for name in record["metrics"]))
     metrics, others = (metrics, []) if len(metrics) <= 4 else (metrics[:2], metrics[2:])
     sizes = list(dict.fromkeys(size for _, record in rows for size in record.get("speedup", ())))
     kept = "kept after each layer"
-    columns = ("", *metrics, "score", "GFLOPs", "rel. FLOPs", *(f"speed at {size}" for size in sizes), kept)
+    rounded = any(
+        record.get("relative_bops", record["relative_flops"]) != record["relative_flops"] for _, record in rows
+    )
+    bops = ("rel. BOPs",) if rounded else ()
+    columns = ("", *metrics, "score", "GFLOPs", "rel. FLOPs", *bops, *(f"speed at {size}" for size in sizes), kept)
     table = new_table(("", kept), *columns)
     for title, record in rows:
         table.add_row(
@@ -75,6 +80,7 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
             f"{record['score']:.4f}",
             f"{record['gflops']:.3g}",
             f"{record['relative_flops']:.3f}",
+            *(f"{record.get('relative_bops', record['relative_flops']):.3f}" for _ in bops),
             *(f"{record['speedup'][size]:.2f}x" if "speedup" in record else "" for size in sizes),
             " ".join(f"{share:.2f}" for share in record["kept"]),
         )

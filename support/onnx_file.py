@@ -18,6 +18,7 @@ from model import Batch, Config, Dense
 from support.errors import InputError
 
 GRAPH = "model.onnx"  # its name in an opened folder
+BITS = "linear_bits"  # key of the metadata: bits of the factors of linear layers, where they are not 32
 FILES = "files"  # key of the metadata: JSON {name of a file: its content in base64}
 
 
@@ -73,6 +74,7 @@ class OnnxModel(nn.Module):
         super().__init__()
         self.config, self.path, self.order = config, path, order
         self.session = start_session(path)
+        self.linear_bits = int(self.session.get_modelmeta().custom_metadata_map.get(BITS, 32))
         self.names = [node.name for node in self.session.get_inputs()]
         self.own_pruner = Dense()
 

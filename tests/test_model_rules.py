@@ -13,6 +13,7 @@ from model import (
     Sequences,
     Soft,
     TopK,
+    bit_operations,
     keep_by_threshold,
     keep_topk,
     last_layer_saving,
@@ -243,3 +244,13 @@ def test_the_last_layers_saving_by_hand():
     entering, kept = torch.tensor([4]), torch.tensor([2])
     assert last_layer_saving(Config(10, 2, 2, 1, 3, 20), entering, kept).tolist() == [152 - 68]
     assert last_layer_saving(Config(10, 2, 2, 1, 3, 20, head="token"), entering, kept).tolist() == [0]
+
+
+def test_bit_operations_count_products_of_activations_in_float():
+    lengths, kept = torch.tensor([7, 3]), torch.tensor([[7, 3], [5, 2], [5, 2], [1, 1], [1, 1]])
+    D, F = SMALL.hidden_size, SMALL.intermediate_size
+    assert torch.equal(bit_operations(SMALL, lengths, kept), 1024 * macs(SMALL, lengths, kept))
+    entering = [7, 7, 5, 5, 1]
+    linear = sum(4 * D * D * n for n in entering) + sum(2 * D * F * n for n in kept[:, 0].tolist())
+    attention = sum(2 * D * n * n for n in entering)
+    assert int(bit_operations(SMALL, lengths, kept, 8)[0]) == 64 * linear + 1024 * attention

@@ -37,7 +37,7 @@ from model import (
 from support.checkpoint import load_model
 from support.errors import InputError
 from support.files import write_file
-from support.onnx_file import FILES, GRAPH, pack_files
+from support.onnx_file import BITS, FILES, GRAPH, pack_files
 from tasks.tokenizer import Tokenizer
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
@@ -217,6 +217,7 @@ def quantize(path: Path, output: Path) -> None:
     """Writes a file with the weights of all linear layers in int8, a scale for each output; inputs are rounded as they
     come. Embeddings stay in float32. Raises: InputError without onnxruntime."""
     try:
+        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ModuleNotFoundError as error:
         raise InputError(
@@ -230,6 +231,9 @@ def quantize(path: Path, output: Path) -> None:
             )
         finally:
             logging.disable(logging.NOTSET)
+    program = onnx.load(output)
+    program.metadata_props.add(key=BITS, value="8")
+    onnx.save(program, output)
 
 
 def trace(single: SingleSequence) -> Any:

@@ -98,7 +98,7 @@ def test_commands_take_a_file_for_a_checkpoint(hard, exported, demo, tmp_path):
     assert_same(answers, expected_answers(hard, rows))
 
 
-def test_int8_is_smaller_and_near(hard, exported):
+def test_int8_is_smaller_and_near(hard, exported, demo, tmp_path):
     path, expected = exported.with_name("int8.onnx"), expected_answers(hard, texts(40))
     result = serve(path, lines="".join(json.dumps(row) + "\n" for row in texts(40)))
     answers = [json.loads(line) for line in result.stdout.splitlines()]
@@ -107,6 +107,9 @@ def test_int8_is_smaller_and_near(hard, exported):
     assert path.stat().st_size < 0.9 * exported.stat().st_size
     errors = [abs(a - b) for one, other in zip(answers, expected) for a, b in zip(one["logits"], other["logits"])]
     assert 0 < max(errors) < 0.1
+    result = run("eval", "--restore", path, "--data", demo / "data", "--json", tmp_path / "score.json")
+    (score,) = [json.loads((tmp_path / "score.json").read_text())]
+    assert "rel. BOPs" in result.stdout and score["relative_bops"] < 0.5 * score["relative_flops"]
 
 
 def test_what_a_file_cannot_do_is_refused(exported, demo, tmp_path):
