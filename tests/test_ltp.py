@@ -131,6 +131,7 @@ def test_eval_prints_and_writes(runs, demo, tmp_path):
         "gflops",
         "dense_gflops",
         "relative_flops",
+        "relative_bops",
         "kept",
         "seconds",
         "examples_per_second",

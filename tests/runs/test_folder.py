@@ -35,7 +35,16 @@ START += (
 )
 START += ("examples", "precision", "steps", "thresholds", "processes", "device", "torch", "machine")
 EVALUATION = ("event", "step", "epoch", "train_loss", "metrics", "score", "loss", "examples", "gflops", "dense_gflops")
-EVALUATION += ("relative_flops", "kept", "seconds", "examples_per_second", "thresholds", "elapsed", "saved")
+EVALUATION += (
+    "relative_flops",
+    "relative_bops",
+    "kept",
+    "seconds",
+    "examples_per_second",
+    "thresholds",
+    "elapsed",
+    "saved",
+)
 
 
 @pytest.fixture(scope="module")
