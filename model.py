@@ -775,6 +775,7 @@ class Model(nn.Module):
             if decision.keep is not None and not first_only:
                 seqs, survivors = seqs.drop(decision.keep, decision.kept)
                 if survivors is not None:  # a dropped token is in no product from here on
+                    # x[survivors], whose gradient on a GPU would take a sort
                     x, alive = x.index_select(0, survivors), alive.at(survivors)
             x = layer.feed_forward_block(x)
             if decision.mask is not None:

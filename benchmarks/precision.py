@@ -2,7 +2,7 @@
 
 python benchmarks/precision.py --size minilm
 
-The weights are random. The processor decides: without bf16 instructions (AVX512, AMX) bf16 is the slower one.
+The weights are random. What comes out depends on the processor: does it multiply bf16?
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ The tests check the arithmetic on a CPU, with kernels of plain operations; those
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +178,7 @@ class RoundedLinear(nn.Linear):
 def use_gpu(model: Model) -> Model:
     """Lets a model on a GPU attend without grids in bf16, and round the rows of its products. Returns the model.
 
-    Grids stay where the kernels do not take the size of its heads, and where triton is not installed.
+    Grids stay where the kernels do not take the size of its heads, or do not run.
     """
     if not next(model.parameters()).is_cuda:
         return model
@@ -184,13 +186,28 @@ def use_gpu(model: Model) -> Model:
         if type(part) is nn.Linear:
             part.__class__ = RoundedLinear
     head = model.config.hidden_size // model.config.num_attention_heads
-    if head % 8 or head > LARGEST_HEAD:
-        return model
+    kernels = find_kernels() if head % 8 == 0 and head <= LARGEST_HEAD else None
+    for layer in model.layers if kernels else ():
+        layer.attention.__class__, layer.attention.kernels = FlatAttention, kernels
+    return model
+
+
+@cache
+def find_kernels(device: str = "cuda") -> Kernels | None:
+    """The kernels, after a first run; None, and a warning, where they do not run.
+
+    triton compiles at the first run, and needs a C compiler and Python's headers for it. The kernel of attention needs
+    a GPU of compute capability 8.
+    """
+    query = torch.zeros(1, 1, 16, dtype=torch.bfloat16, device=device)
+    tokens = Spans(torch.tensor([0, 1], dtype=torch.int32, device=device), 1)
     try:
         from support.received import received_attention
-    except ImportError:
-        return model
-    for layer in model.layers:
-        layer.attention.__class__ = FlatAttention
-        layer.attention.kernels = Kernels(flash, received_attention)
-    return model
+
+        _, lse = flash(query, query, query, tokens, tokens, 1.0, 0.0)
+        received_attention(query, query, None, lse, *tokens)
+    except Exception as error:  # each library has its own: no module, no compiler, no such GPU
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"attention takes padded grids, which are slower, since its kernels do not run here ({reason})")
+        return None
+    return Kernels(flash, received_attention)

@@ -69,8 +69,8 @@ machine_options = table(
     click.option(
         "--precision",
         type=click.Choice(["fp32", "bf16"]),
-        help="Precision of matrix products; of scores and thresholds it is fp32. On a CPU that multiplies bf16 "
-        "(AVX512, AMX), bf16 takes about half the time.  [default: bf16 on CUDA, else fp32]",
+        help="Precision of matrix products; of scores and thresholds it is fp32. On a CPU with AVX512_BF16, bf16 takes "
+        "0.5 to 0.9 of the time.  [default: bf16 on CUDA, else fp32]",
     ),
     click.option("--threads", type=WHOLE, help="Number of CPU threads.  [default: torch's choice]"),
 )
@@ -411,7 +411,7 @@ export_options = table(
     restore_option("Model folder"),
     click.option("--output", required=True, metavar="FILE", type=FILE, help="The .onnx file to write."),
     click.option(
-        "--int8", is_flag=True, help="Products in int8: a smaller file, faster where the CPU has VNNI or AMX."
+        "--int8", is_flag=True, help="Products in int8: a smaller file, and a faster one where the CPU has VNNI."
     ),
     dense_option,
 )

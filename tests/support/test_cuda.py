@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from small_models import pruning_model, random_sequences
 from torch import Tensor
 
 from model import Dense, Hard, Sequences, Soft, TopK, pack
-from support.cuda import FlatAttention, Kernels, ReceivedAttention, Spans, attend
+from support.cuda import FlatAttention, Kernels, ReceivedAttention, Spans, attend, find_kernels
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, scale, dropout):
@@ -125,6 +126,20 @@ def test_gradients_are_those_with_grids(mode, head, monkeypatch):
     for name, gradient in grads[0].items():
         if not name.endswith("query_key_value.bias"):  # a key's bias has no gradient but rounding
             assert (grads[1][name] - gradient).norm() < 1e-3 * gradient.norm(), name
+
+
+def test_grids_stay_where_the_kernels_do_not_run(monkeypatch):
+    """On a CPU they never do: torch has no such operation there, or triton is missing."""
+    find_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="attention takes padded grids"):
+        assert find_kernels("cpu") is None
+    received = types.ModuleType("support.received")
+    received.received_attention = lambda *arguments: None
+    monkeypatch.setitem(sys.modules, "support.received", received)
+    monkeypatch.setattr("support.cuda.flash", plain)
+    find_kernels.cache_clear()
+    assert find_kernels("cpu") is not None
+    find_kernels.cache_clear()
 
 
 def test_the_kernel_of_received_attention_in_tritons_interpreter():
