@@ -98,6 +98,21 @@ def test_commands_take_a_file_for_a_checkpoint(hard, exported, demo, tmp_path):
     assert_same(answers, expected_answers(hard, rows))
 
 
+@pytest.mark.parametrize("kind", ["questions", "tags"])
+def test_tags_and_questions_are_those_of_the_checkpoint(kind, request, tmp_path):
+    trained = request.getfixturevalue(kind)
+    data = ("--task", "SQuAD2") if kind == "questions" else ("--tagging",)
+    run("export", "--restore", trained.folder, "--output", tmp_path / "m.onnx")
+    scores = []
+    for model in (trained.folder, tmp_path / "m.onnx"):
+        run("eval", *data, "--data", trained.source.path, "--restore", model, "--json", tmp_path / "score.json")
+        scores.append(json.loads((tmp_path / "score.json").read_text()))
+    for key in ("score", "loss", "kept", "relative_flops"):
+        assert scores[0][key] == pytest.approx(scores[1][key], abs=1e-5)
+    result = serve(tmp_path / "m.onnx", "a text")
+    assert result.returncode == 2 and "tags words or answers questions" in result.stderr
+
+
 def test_int8_is_smaller_and_near(hard, exported, demo, tmp_path):
     path, expected = exported.with_name("int8.onnx"), expected_answers(hard, texts(40))
     result = serve(path, lines="".join(json.dumps(row) + "\n" for row in texts(40)))
