@@ -215,6 +215,7 @@ class Sequences:
         if min(self.sizes) < 1:
             raise ValueError("a sequence has no tokens; a pruner must keep the protected ones")
         self.num_tokens = sum(self.sizes)
+        self.known_ids: Tensor | None = None  # `ids`, where they need not be made from the lengths
 
     @property
     def single(self) -> bool:
@@ -234,6 +235,8 @@ class Sequences:
     @cached_property
     def ids(self) -> Tensor:
         """(T,) the sequence that each token belongs to."""
+        if self.known_ids is not None:
+            return self.known_ids
         sequences = torch.arange(len(self.sizes), device=self.lengths.device)
         return sequences.repeat_interleave(self.lengths, output_size=self.num_tokens)
 
@@ -276,7 +279,7 @@ class Sequences:
         if smaller.num_tokens == self.num_tokens:
             return self, None
         survivors = keep.nonzero_static(size=smaller.num_tokens).squeeze(1)
-        smaller.ids = self.ids.index_select(0, survivors)  # in place of the cached property
+        smaller.known_ids = self.ids.index_select(0, survivors)
         return smaller, survivors
 
 

@@ -542,14 +542,16 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
     state: what `run.save_state` was given, to go on from there. Evaluation prunes as inference will.
     Raises: InputError when loss or gradient are not finite any more; Interrupted after a signal, with the state saved.
     """
-    best, losses, times, due = None, [], [], None
+    best, losses, times = None, [], []
+    due = None  # of an evaluation that comes next: relative FLOPs of the last step's soft masks; None: none comes
     if state:
         trainer.load_state(state)
         best, losses, due = state["best"], state["losses"], state.get("due")
         state = None  # frees its copy of the model
     try:
         if due is not None:  # the run was stopped on the way to this evaluation, or before its end
-            best, losses = assess(trainer, dev_sets, run, best, losses, flops=due), []
+            best = assess(trainer, dev_sets, run, best, losses, flops=due)
+            losses = []
         for indices in trainer.batches():
             start = time.perf_counter()
             result = trainer.step(indices, stop=lambda: run.stop_signal is not None)
@@ -564,7 +566,8 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
             if result.stop:
                 raise interrupted(trainer, run)
             if due is not None:
-                best, losses = assess(trainer, dev_sets, run, best, losses, flops=due), []
+                best = assess(trainer, dev_sets, run, best, losses, flops=due)
+                losses = []
     except FloatingPointError as error:
         raise InputError(f"{error}. {run.last_checkpoint()}") from None
     median, mean = (float(f(times)) if times else math.nan for f in (np.median, np.mean))
