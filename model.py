@@ -263,7 +263,7 @@ class Sequences:
     def sum(self, values: Tensor) -> Tensor:
         """Sums over each sequence: (T,) -> (B,). Counts the True of a bool."""
         values = values.long() if values.dtype == torch.bool else values
-        return values.new_zeros(len(self.sizes)).index_add_(0, self.ids, values)
+        return values.new_zeros(self.lengths.size(0)).index_add_(0, self.ids, values)
 
     def drop(self, keep: Tensor, kept: Tensor) -> tuple[Sequences, Tensor | None]:
         """The layout of the survivors, and their places in this one; None where all survive.

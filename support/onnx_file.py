@@ -10,9 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model import Batch, Config, Dense
 from support.errors import InputError
@@ -67,7 +69,7 @@ class Answers(NamedTuple):
 
 
 class OnnxModel(nn.Module):
-    """Runs an exported graph as `Model` runs a batch. The graph takes one sequence at a time, and prunes by itself."""
+    """Runs an exported graph as `Model` runs a batch. The graph prunes by itself."""
 
     def __init__(self, config: Config, path: Path, order: list[int]):
         """order: the graph's outputs that become ours."""
@@ -86,14 +88,24 @@ class OnnxModel(nn.Module):
         """Answers for a batch, on the CPU. Raises: InputError for another pruner."""
         if pruner not in (None, self.own_pruner):
             raise InputError(f"{self.path.resolve()}: an exported model prunes in its one way; use the checkpoint here")
-        logits, kept, start = [], [], 0
-        token_ids, segment_ids = batch.token_ids.cpu().numpy(), batch.segment_ids.cpu().numpy()
-        questions = batch.question_lengths.cpu().numpy()
-        for i, n in enumerate(batch.lengths.tolist()):
-            ids, segments = token_ids[None, start : start + n], segment_ids[None, start : start + n]
-            values = {"input_ids": ids, "token_type_ids": segments, "question_length": questions[i : i + 1]}
-            outputs = self.session.run(["logits", "kept"], {name: values[name].astype("int64") for name in self.names})
-            logits.append(torch.from_numpy(outputs[0]).flatten(0, -2)[:, self.order])
-            kept.append(torch.from_numpy(outputs[1]))
-            start += n
-        return Answers(torch.cat(logits), torch.stack(kept, 1))
+        logits, kept = self.session.run(["logits", "kept"], padded_inputs(batch, self.names))
+        logits = torch.from_numpy(logits)[..., self.order]
+        if self.config.head != "sequence":
+            logits = torch.cat([row[:n] for row, n in zip(logits, batch.lengths.tolist())])
+        return Answers(logits, torch.from_numpy(kept).T)
+
+
+def padded_inputs(batch: Batch, names: list[str]) -> dict[str, np.ndarray]:
+    """A graph's inputs of these names for a batch: int64, each sequence in a row as long as the longest."""
+    lengths = batch.lengths.tolist()
+
+    def lay(values: Tensor) -> np.ndarray:
+        return pad_sequence(values.cpu().long().split(lengths), batch_first=True).numpy()
+
+    values = {
+        "input_ids": lambda: lay(batch.token_ids),
+        "attention_mask": lambda: lay(torch.ones_like(batch.token_ids)),
+        "token_type_ids": lambda: lay(batch.segment_ids),
+        "question_length": lambda: batch.question_lengths.cpu().long().numpy(),
+    }
+    return {name: values[name]() for name in names}

@@ -1,7 +1,7 @@
-"""Writes a model as ONNX with the dropping inside: the graph takes one sequence, and dropped tokens leave its products.
+"""Writes a model as ONNX with the dropping inside: the graph takes padded texts, and dropped tokens leave its products.
 
 The graph is traced from `Model.forward` itself. Two things there cannot be traced: a layout asks for lengths as Python
-numbers, and ONNX has no stable sort for top-k. `OneSequence` and `RankedTopK` stand in for them, for one sequence.
+numbers, and ONNX has no stable sort for top-k. `TracedSequences` and `RankedTopK` stand in for them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import math
 import tempfile
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,69 +38,73 @@ from model import (
 from support.checkpoint import load_model
 from support.errors import InputError
 from support.files import write_file
-from support.onnx_file import BITS, FILES, GRAPH, pack_files
+from support.onnx_file import BITS, FILES, GRAPH, pack_files, padded_inputs
 from tasks.tokenizer import Tokenizer
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
 OUTPUTS = ["logits", "kept"]
 
 
-class OneSequence(Sequences):
-    """The layout of one sequence, with its length in a tensor alone. The run of tokens is the grid, without padding."""
+class TracedSequences(Sequences):
+    """A layout whose lengths are tensors alone. All sequences lie on one grid, as wide as the longest is now."""
 
-    single = False  # the graph has no branch of its own for a single token: attention computes the same
+    single = False  # the graph has no branch of its own for single tokens: attention computes the same
 
-    def __init__(self, lengths: Tensor, original_lengths: Tensor, num_tokens: Any):
-        """lengths, original_lengths (1,): see `Sequences`. num_tokens: the same length, as the size of a tensor."""
-        self.lengths, self.original_lengths, self.num_tokens = lengths, original_lengths, num_tokens
-        self.starts = torch.zeros_like(lengths)
-        no_padding = dict.fromkeys(("source", "alive", "bias", "cells", "query_rows"))
-        self.grids = [Grid(slice(0, 1), num_tokens, **no_padding)]
+    def __init__(self, lengths: Tensor, original_lengths: Tensor, ids: Tensor):
+        """lengths, original_lengths (B,), ids (T,): see `Sequences`."""
+        self.lengths, self.original_lengths, self.known_ids = lengths, original_lengths, ids
+        self.num_tokens = ids.size(0)
 
-    @property
-    def ids(self) -> Tensor:
-        return torch.zeros(self.num_tokens, dtype=torch.long)
-
-    @property
-    def positions(self) -> Tensor:
-        return torch.arange(self.num_tokens)
-
-    def sum(self, values: Tensor) -> Tensor:
-        return values.sum(0, keepdim=True)
-
-    def drop(self, keep: Tensor, kept: Tensor) -> tuple[OneSequence, Tensor]:
-        survivors = keep.nonzero().squeeze(1)
-        torch._check(survivors.size(0) >= 1)  # the first token survives; attention asks whether there are any
-        return OneSequence(kept, self.original_lengths, survivors.size(0)), survivors
+    @cached_property
+    def grids(self) -> list[Grid]:
+        rows, longest = self.lengths.size(0), self.lengths.max().clamp(min=2).item()
+        torch._check(longest >= 2)  # the tracer would ask whether a grid has one column
+        column = torch.arange(longest)
+        source = (self.starts[:, None] + column).clamp(max=self.num_tokens - 1).flatten()
+        alive = column < self.lengths[:, None]
+        bias = torch.zeros_like(alive, dtype=torch.float32).masked_fill(~alive, -math.inf)[:, None, None]
+        cells = self.ids * longest + self.positions
+        return [Grid(slice(0, rows), self.num_tokens, source, cells, alive, bias, query_rows=None)]
 
     def lay(self, x: Tensor) -> list[Tensor]:
-        return [x[None]]
+        (grid,) = self.grids
+        return [x.index_select(0, grid.source).view(*grid.alive.shape, x.size(1))]
 
-    def flatten(self, grids: list[Tensor]) -> Tensor:
-        return grids[0][0]
+    def drop(self, keep: Tensor, kept: Tensor) -> tuple[TracedSequences, Tensor]:
+        survivors = nonzero(keep)
+        return TracedSequences(kept, self.original_lengths, self.ids.index_select(0, survivors)), survivors
+
+
+def nonzero(x: Tensor) -> Tensor:
+    """Where x (n,) is not 0. It has at least one place: first tokens survive, and the tracer would ask for it."""
+    places = x.nonzero().squeeze(1)
+    torch._check(places.size(0) >= 1)
+    return places
 
 
 class RankedTopK(TopK):
-    """Top-k of one sequence without a sort: ONNX has no stable one."""
+    """Top-k without a sort: ONNX has no stable one."""
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
         counts = topk_counts(seqs.original_lengths, self.rates[l]).minimum(seqs.lengths)
         if scores is None:
             return Decision(counts)
         counts = counts.maximum(seqs.sum(alive.protected))
-        return Decision(counts, keep_highest(scores, counts, alive.protected))
+        return Decision(counts, keep_highest(scores, seqs, counts, alive.protected))
 
 
-def keep_highest(scores: Tensor, count: Tensor, protected: Tensor) -> Tensor:
-    """`model.keep_topk` of one sequence by comparisons: scores (n,), count (1,), protected (n,) bool -> keep (n,) bool.
+def keep_highest(scores: Tensor, seqs: Sequences, counts: Tensor, protected: Tensor) -> Tensor:
+    """`model.keep_topk` by comparisons, on one grid: scores (T,), counts (B,), protected (T,) bool -> keep (T,) bool.
 
-    A token's rank is the number of tokens that score more, and of equals to its left.
+    A token's rank is the number of tokens of its sequence that score more, and of equals to its left.
     """
-    scores = scores.masked_fill(protected, math.inf)
-    positions = torch.cumsum(torch.ones_like(scores), 0)
-    left = positions < positions[:, None]
-    ranks = ((scores > scores[:, None]) | (scores == scores[:, None]) & left).sum(1)
-    return ranks < count
+    (grid,) = seqs.grids
+    (scores,) = seqs.lay(scores.masked_fill(protected, math.inf)[:, None])  # (b, n, 1)
+    scores = scores.squeeze(2).masked_fill(~grid.alive, -math.inf)
+    mine, other = scores[:, :, None], scores[:, None]
+    positions = torch.arange(scores.size(1))
+    ranks = ((other > mine) | (other == mine) & (positions < positions[:, None])).sum(2)
+    return seqs.flatten([ranks < counts[:, None]])
 
 
 class TracedHard(Hard):
@@ -109,8 +114,8 @@ class TracedHard(Hard):
         self.thresholds, self.can_drop = thresholds, can_drop
 
 
-class SingleSequence(nn.Module):
-    """A model for one sequence, in operations that an exporter can follow."""
+class Traceable(nn.Module):
+    """A model on padded inputs, in operations that an exporter can follow."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -119,10 +124,11 @@ class SingleSequence(nn.Module):
 
     @property
     def input_names(self) -> list[str]:
-        """input_ids; token_type_ids and question_length where the answer depends on them."""
+        """input_ids and attention_mask; token_type_ids and question_length where the answer depends on them."""
         config = self.model.config
-        depends = (True, config.type_vocab_size > 1, config.head == "span" and config.protect_question)
-        return [name for name, used in zip(("input_ids", "token_type_ids", "question_length"), depends) if used]
+        depends = (config.type_vocab_size > 1, config.head == "span" and config.protect_question)
+        more = [name for name, used in zip(("token_type_ids", "question_length"), depends) if used]
+        return ["input_ids", "attention_mask", *more]
 
     def pruner(self) -> Dense:
         """As `Model.pruner` gives it."""
@@ -134,21 +140,31 @@ class SingleSequence(nn.Module):
         return Dense()
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, question_length: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        question_length: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """input_ids, token_type_ids (1, n), question_length (1,), default zeros -> logits, kept (L,) int64.
+        """input_ids, attention_mask (1 for a token, 0 in padding, which comes last), token_type_ids (B, n) and
+        question_length (B,), default zeros -> logits, kept (B, L) int64.
 
-        logits: (1, labels), or (1, n, labels) of a head that answers for each token.
+        logits: (B, labels), or (B, n, labels) of a head that answers for each token, 0 in padding.
         """
-        token_ids = input_ids[0]
-        n = token_ids.size(0)
-        segment_ids = torch.zeros_like(token_ids) if token_type_ids is None else token_type_ids[0]
-        lengths = torch.ones_like(token_ids).sum(0, keepdim=True)
+        rows, width = input_ids.shape
+        cells, lengths = nonzero(attention_mask.flatten()), attention_mask.sum(1)
+        token_ids, ids = input_ids.flatten().index_select(0, cells), cells // width
+        segment_ids = torch.zeros_like(token_ids)
+        if token_type_ids is not None:
+            segment_ids = token_type_ids.flatten().index_select(0, cells)
         questions = torch.zeros_like(lengths) if question_length is None else question_length
-        batch = Batch(token_ids, segment_ids, torch.arange(n), lengths, questions)
-        output = self.model(batch, self.pruner(), lambda lengths: OneSequence(lengths, lengths, n))
-        logits = output.logits if self.model.config.head == "sequence" else output.logits[None]
-        return logits, output.kept[:, 0]
+        batch = Batch(token_ids, segment_ids, cells - ids * width, lengths, questions)
+        output = self.model(batch, self.pruner(), lambda lengths: TracedSequences(lengths, lengths, ids))
+        logits, kept = output.logits, output.kept.T
+        if self.model.config.head == "sequence":
+            return logits, kept
+        padded = logits.new_zeros(rows * width, logits.size(1)).index_copy(0, cells, logits)
+        return padded.view(rows, width, logits.size(1)), kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,10 +204,11 @@ def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None) -
             f"export needs onnx and onnxscript, and {error.name} is not installed: pip install onnx onnxscript"
         ) from None
     model.requires_grad_(False).eval()
-    program = trace(SingleSequence(model).eval())
+    traceable = Traceable(model).eval()
+    program = trace(traceable)
     program.model.metadata_props.update(metadata_of(model.config, tokenizer))
     program.save(path, external_data=False)
-    return f"inputs {', '.join(SingleSequence(model).input_names)} (1, tokens); {compare(model, path)}"
+    return f"inputs {', '.join(traceable.input_names)} (texts, tokens); {compare(model, path)}"
 
 
 def metadata_of(config: Config, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -236,22 +253,23 @@ def quantize(path: Path, output: Path) -> None:
     onnx.save(program, output)
 
 
-def trace(single: SingleSequence) -> Any:
-    """The ONNX program of a model, for any number of tokens that it has positions for."""
-    names = single.input_names
-    # One tensor twice would become one input.
-    shapes = {name: (1,) if name == "question_length" else (1, 7) for name in names}
-    examples = {name: torch.zeros(shape, dtype=torch.long) for name, shape in shapes.items()}
-    tokens = torch.export.Dim("tokens", min=2, max=single.model.config.max_tokens)
+def trace(traceable: Traceable) -> Any:
+    """The ONNX program of a model, for any number of texts and of tokens that it has positions for."""
+    names = traceable.input_names
+    # A size of 1 would count as fixed, and one tensor twice would become one input.
+    shapes = {name: (3,) if name == "question_length" else (3, 7) for name in names}
+    examples = {name: torch.ones(shape, dtype=torch.long) for name, shape in shapes.items()}
+    batch = torch.export.Dim("batch", min=1)
+    tokens = torch.export.Dim("tokens", min=2, max=traceable.model.config.max_tokens)
     with warnings.catch_warnings():  # dozens, which the exporter raises about itself
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
             return torch.onnx.export(
-                single,
+                traceable,
                 kwargs=examples,
                 dynamo=True,
-                dynamic_shapes={name: {1: tokens} if len(shape) > 1 else {} for name, shape in shapes.items()},
+                dynamic_shapes={name: dict(enumerate((batch, tokens)[: len(shape)])) for name, shape in shapes.items()},
                 input_names=names,
                 output_names=OUTPUTS,
                 verbose=False,
@@ -262,7 +280,7 @@ def trace(single: SingleSequence) -> Any:
 
 @torch.inference_mode()
 def compare(model: Model, path: Path) -> str:
-    """Runs the file and the model on random tokens of several lengths. Raises: InputError if they differ.
+    """Runs the file and the model on a batch of random tokens, of several lengths. Raises: InputError if they differ.
 
     The kept tokens of one text may differ, because rounding may move a score across its threshold.
     """
@@ -271,26 +289,27 @@ def compare(model: Model, path: Path) -> str:
     except ModuleNotFoundError:
         return "not compared with the model: onnxruntime is not installed"
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
     generator = torch.Generator().manual_seed(0)
     limit = min(model.config.max_tokens, model.config.max_seq_length)
-    lengths = sorted({2, *(max(2, round(limit * share)) for share in (0.05, 0.15, 0.3, 0.5, 0.75, 1.0))})
-    worst, ties = 0.0, 0
-    for n in lengths:
-        token_ids = torch.randint(model.config.vocab_size, (n,), generator=generator).tolist()
-        question = n // 3 + 1
-        segment_ids = [int(i >= question) if "token_type_ids" in names else 0 for i in range(n)]
-        expected = model(pack([token_ids], [segment_ids], [question]))
-        values = {"input_ids": [token_ids], "token_type_ids": [segment_ids], "question_length": [question]}
-        logits, kept = session.run(OUTPUTS, {name: torch.tensor(values[name]).numpy() for name in names})
-        if kept.tolist() != expected.kept[:, 0].tolist():
-            ties += 1
-        else:
-            difference = (torch.from_numpy(logits).view_as(expected.logits) - expected.logits).abs().max()
-            worst = max(worst, float(difference / expected.logits.abs().max()))
+    lengths = sorted({1, 2, *(max(2, round(limit * share)) for share in (0.05, 0.15, 0.3, 0.5, 0.75, 1.0))})
+    token_ids = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    questions = [n // 3 + 1 for n in lengths]
+    reads_segments = model.config.type_vocab_size > 1
+    segment_ids = [[int(i >= question and reads_segments) for i in range(n)] for n, question in zip(lengths, questions)]
+    batch = pack(token_ids, segment_ids, questions)
+    expected = model(batch)
+    logits, kept = session.run(OUTPUTS, padded_inputs(batch, [node.name for node in session.get_inputs()]))
+    logits, same = torch.from_numpy(logits), (torch.from_numpy(kept).T == expected.kept).all(0)
+    if model.config.head == "sequence":
+        rows = zip(logits, expected.logits)
+    else:
+        rows = zip((row[:n] for row, n in zip(logits, lengths)), expected.logits.split(lengths))
+    differences = [float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in rows]
+    worst = max([difference for difference, kept in zip(differences, same.tolist()) if kept], default=0.0)
+    ties = int((~same).sum())
     if worst > TOLERANCE or ties > 1:
         raise InputError(
             f"the exported graph differs from the model (logits by {worst:.1e}, tokens kept in {ties} of "
             f"{len(lengths)} texts) and was not written"
         )
-    return f"logits differ by at most {worst:.1e} of the largest, on {len(lengths) - ties} texts of 2 to {limit} tokens"
+    return f"logits differ by at most {worst:.1e} of the largest, on {len(lengths) - ties} texts of 1 to {limit} tokens"

@@ -4,14 +4,14 @@ import json
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 from small_models import pruning_model, random_sequences, small_model
 
-from model import Sequences, keep_topk, pack
+from model import Batch, Output, Sequences, keep_topk, pack
 from support.errors import InputError
-from tools.export import SingleSequence, compare, export_model, keep_highest
+from support.onnx_file import OnnxModel, padded_inputs
+from tools.export import Traceable, TracedSequences, compare, export_model, keep_highest
 
 HEADS = ("sequence", "token", "span")
 PRUNE_MODES = (None, "absolute_threshold", "topk")
@@ -34,9 +34,18 @@ def segments(ids: list[int]) -> list[int]:
     return [int(i >= question_length(ids)) for i in range(len(ids))]
 
 
-def inputs_of(ids: list[int]) -> dict[str, torch.Tensor]:
-    values = {"input_ids": [ids], "token_type_ids": [segments(ids)], "question_length": [question_length(ids)]}
-    return {name: torch.tensor(value) for name, value in values.items()}
+def a_batch(sequences: list[list[int]], reads_segments: bool = True) -> Batch:
+    segment_ids = [segments(ids) if reads_segments else [0] * len(ids) for ids in sequences]
+    return pack(sequences, segment_ids, [question_length(ids) for ids in sequences])
+
+
+def assert_same(logits: torch.Tensor, kept: torch.Tensor, expected: Output, lengths: list[int]) -> None:
+    """Padded answers are the model's; nothing stands in padding."""
+    assert kept.T.tolist() == expected.kept.tolist()
+    if logits.ndim == 3:
+        assert all(not row[n:].any() for row, n in zip(logits, lengths))
+        logits = torch.cat([row[:n] for row, n in zip(logits, lengths)])
+    torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("norm", ["max_length", "length"])
@@ -44,36 +53,38 @@ def inputs_of(ids: list[int]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("prune_mode", PRUNE_MODES)
 def test_the_traced_arithmetic_is_the_models(prune_mode, head, norm):
     model = a_model(head, prune_mode, score_norm=norm, protect_question=head == "span")
-    dropped = 0
-    for ids in [[5], [5, 6], *random_sequences(9, seed=3)]:
-        expected = model(pack([ids], [segments(ids)], [question_length(ids)]))
-        single = SingleSequence(model)
-        logits, kept = single(*(inputs_of(ids)[name] for name in single.input_names))
-        assert kept.tolist() == expected.kept[:, 0].tolist()
-        assert logits.shape == ((1, 3) if head == "sequence" else (1, len(ids), len(model.config.labels)))
-        torch.testing.assert_close(logits.view_as(expected.logits), expected.logits, atol=1e-5, rtol=0)
-        dropped += len(ids) - int(kept[-2])
-    assert (dropped > 0) == (prune_mode is not None)
+    sequences = [[5], [5, 6], *random_sequences(9, seed=3)]
+    traceable = Traceable(model)
+    for texts in (sequences, sequences[:1], sequences[4:5]):
+        batch, lengths = a_batch(texts), [len(ids) for ids in texts]
+        expected, inputs = model(batch), padded_inputs(batch, traceable.input_names)
+        logits, kept = traceable(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+        assert_same(logits, kept, expected, lengths)
+    assert (sum(lengths) > int(kept[:, -2].sum())) == (prune_mode is not None)
 
 
-def test_keep_highest_is_keep_topk_of_one_sequence():
+def test_keep_highest_is_keep_topk():
     generator = torch.Generator().manual_seed(1)
-    for n in (1, 2, 7, 30):
-        seqs, protected = Sequences(torch.tensor([n])), torch.arange(n) % 9 == 0
-        scores = torch.randint(0, 4, (n,), generator=generator) / 4  # with ties
-        for count in range(int(protected.sum()), n + 1):
-            expected = keep_topk(scores, seqs, torch.tensor([count]), protected)
-            assert keep_highest(scores, torch.tensor([count]), protected).tolist() == expected.tolist()
+    lengths = torch.tensor([1, 2, 30, 7])
+    seqs = Sequences(lengths)
+    traced = TracedSequences(lengths, lengths, seqs.ids)
+    protected = seqs.positions % 9 == 0
+    scores = torch.randint(0, 4, (seqs.num_tokens,), generator=generator) / 4  # with ties
+    for count in range(31):
+        counts = seqs.sum(protected).maximum(torch.tensor(count)).minimum(lengths)
+        expected = keep_topk(scores, seqs, counts, protected)
+        assert keep_highest(scores, traced, counts, protected).tolist() == expected.tolist()
 
 
 def test_inputs_are_those_that_the_answer_depends_on():
     def names(**changes) -> list[str]:
-        return SingleSequence(small_model(**changes)).input_names
+        return Traceable(small_model(**changes)).input_names
 
     span = {"head": "span", "labels": ("start", "end")}
-    assert names() == ["input_ids", "token_type_ids"]
-    assert names(type_vocab_size=1) == names(type_vocab_size=1, **span) == ["input_ids"]
-    assert names(type_vocab_size=1, protect_question=True, **span) == ["input_ids", "question_length"]
+    always = ["input_ids", "attention_mask"]
+    assert names() == [*always, "token_type_ids"]
+    assert names(type_vocab_size=1) == names(type_vocab_size=1, **span) == always
+    assert names(type_vocab_size=1, protect_question=True, **span) == [*always, "question_length"]
 
 
 @pytest.mark.parametrize(
@@ -87,22 +98,23 @@ def test_inputs_are_those_that_the_answer_depends_on():
     ],
 )
 def test_onnx_answers_as_the_model(head, prune_mode, changes, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, dropped = a_model(head, prune_mode, **changes), 0
+    model = a_model(head, prune_mode, **changes)
     report = export_model(model, tmp_path / "m.onnx")
     assert float(re.search(r"differ by at most (\S+) of", report)[1]) < 1e-5
-    session = runtime.InferenceSession(tmp_path / "m.onnx")
-    names = [node.name for node in session.get_inputs()]
-    assert names == SingleSequence(model).input_names
-    assert [node.name for node in session.get_outputs()] == ["logits", "kept"]
-    for ids in random_sequences(6, seed=2):
-        logits, kept = session.run(None, {name: inputs_of(ids)[name].numpy() for name in names})
-        read = segments(ids) if "token_type_ids" in names else [0] * len(ids)
-        expected = model(pack([ids], [read], [question_length(ids)]))
-        np.testing.assert_allclose(logits if head == "sequence" else logits[0], expected.logits, atol=1e-5)
-        assert kept.tolist() == expected.kept[:, 0].tolist()
-        dropped += len(ids) - int(kept[-2])
+    graph = OnnxModel(model.config, tmp_path / "m.onnx", list(range(len(model.config.labels))))
+    assert graph.names == Traceable(model).input_names
+    assert [node.name for node in graph.session.get_outputs()] == ["logits", "kept"]
+    longest = random_sequences(1, seed=4, longest=model.config.max_tokens)[0]
+    sequences = [[5], [5, 6], longest, *random_sequences(60, seed=2)]
+    dropped = 0
+    for texts in (sequences, *([ids] for ids in sequences)):  # together, and one by one
+        batch = a_batch(texts, reads_segments="token_type_ids" in graph.names)
+        expected, answers = model(batch), graph(batch)
+        torch.testing.assert_close(answers.logits, expected.logits, atol=1e-5, rtol=0)
+        assert answers.kept.tolist() == expected.kept.tolist()
+        dropped += int((batch.lengths - answers.kept[-2]).sum())
     assert (dropped > 0) == (prune_mode is not None)
 
 
@@ -119,12 +131,12 @@ def test_onnx_drops_tokens_inside_the_graph(tmp_path):
     wide = [node for node in graph.graph.node if any(47 in sizes.get(name, ()) for name in node.input)]
     graph.graph.output.extend(onnx.ValueInfoProto(name=node.output[0]) for node in wide)
     session = runtime.InferenceSession(graph.SerializeToString())
-    for ids in random_sequences(6, seed=2):
-        inputs = {"input_ids": np.array([ids]), "token_type_ids": np.zeros((1, len(ids)), dtype=np.int64)}
-        _, kept, *inside = session.run(None, inputs)
+    names = Traceable(model).input_names
+    for texts in (random_sequences(6, seed=2), random_sequences(1, seed=5)):
+        _, kept, *inside = session.run(None, padded_inputs(a_batch(texts), names))
         tokens = {x.shape[-2] for x in inside if x.ndim >= 2 and x.shape[-1] == 47}
-        assert tokens == {kept[0], 1}  # the last layer computes the first token only
-    assert kept[0] < len(ids)
+        assert tokens == {kept[:, 0].sum(), len(texts)}  # the last layer computes the first tokens only
+        assert kept[:, 0].sum() < sum(map(len, texts))
     # A graph of another model is noticed.
     model.thresholds.data = torch.tensor([0.0, 0.012])
     with pytest.raises(InputError, match="differs from the model .* was not written"):
