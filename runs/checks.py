@@ -8,13 +8,16 @@ from typing import Any
 
 from model import Config, topk_rates
 from support.errors import InputError, plural
+from support.onnx_file import model_name
 from tasks.base import Task
 
 
 def length_limit(config: Config, folder: Path, max_length: int | None) -> int:
     """How many tokens texts are cut to: `max_length`, or else the checkpoint's setting. Raises: InputError."""
     if max_length and max_length > config.max_tokens:
-        raise InputError(f"--max-length {max_length}: {folder} has positions for {config.max_tokens} tokens")
+        raise InputError(
+            f"--max-length {max_length}: {model_name(folder)} has positions for {config.max_tokens} tokens"
+        )
     return max_length or min(config.max_seq_length, config.max_tokens)
 
 
@@ -49,12 +52,14 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...]:
             "token": "tags words (--tagging)",
             "span": "finds answers in a text (--task SQuAD or SQuAD2)",
         }
-        raise InputError(f"{folder}: {descriptions[config.head]}, which is another kind of task than {task.title}")
+        raise InputError(
+            f"{model_name(folder)}: {descriptions[config.head]}, which is another kind of task than {task.title}"
+        )
     if max(1, len(labels)) != len(config.labels):
         hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
         raise InputError(
-            f"{folder}: has {plural(len(config.labels), 'output')}, but {task.title} needs {max(1, len(labels))}; "
-            f"evaluate the checkpoint of a run on this task{hint}"
+            f"{model_name(folder)}: has {plural(len(config.labels), 'output')}, but {task.title} needs "
+            f"{max(1, len(labels))}; evaluate the checkpoint of a run on this task{hint}"
         )
     return labels
 

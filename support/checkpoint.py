@@ -32,7 +32,7 @@ from model import (
 )
 from support.errors import InputError, plural
 from support.files import file_digest, write_file, write_text
-from support.onnx_file import GRAPH, OnnxModel, open_file
+from support.onnx_file import GRAPH, OnnxModel, model_name, open_file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -380,7 +380,7 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
 def load_graph(folder: Path, config: Config, labels: tuple[str, ...]) -> Loaded:
     """The exported model of an opened file. Raises: InputError."""
     if len(labels) != len(config.labels):
-        raise InputError(f"{folder / GRAPH}: has {plural(len(config.labels), 'output')}, not {len(labels)}")
+        raise InputError(f"{model_name(folder)}: has {plural(len(config.labels), 'output')}, not {len(labels)}")
     order = {output_name(config): torch.arange(len(labels))}  # in place of a head's rows
     note = match_labels(order, config, labels)
     config = replace(config, labels=labels)

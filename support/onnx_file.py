@@ -46,6 +46,12 @@ def open_file(path: Path) -> Path:
     return folder
 
 
+def model_name(folder: Path) -> Path:
+    """What messages call a model: its folder, or the exported file that `open_file` made this folder of."""
+    graph = folder / GRAPH
+    return graph.readlink() if graph.is_symlink() else folder
+
+
 def start_session(path: Path) -> Any:
     """ONNX Runtime's session for a file, with torch's number of threads. Raises: InputError."""
     try:

@@ -17,6 +17,8 @@ import numpy as np
 
 from tasks.windows import Question
 
+MAX_ANSWER_TOKENS = 30
+
 
 class Answer(NamedTuple):
     text: str
@@ -39,7 +41,7 @@ def find_answers(
     offsets: Iterable[Sequence],
     logits: Iterable[np.ndarray],
     n_best: int = 20,
-    max_answer_tokens: int = 30,
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
 ) -> list[Candidates]:
     """For each question the `n_best` spans of its context with the highest scores, and the score of "no answer".
 

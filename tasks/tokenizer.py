@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders
 
 from support.errors import InputError
+from support.onnx_file import model_name
 from tasks.tokenizer_files import open_tokenizer
 
 
@@ -83,13 +84,14 @@ class Tokenizer:
         try:
             encodings = self.backend.encode_batch(inputs, **options)
         except Exception as error:  # the library raises plain Exception, for a vocabulary without its unknown token
-            raise InputError(f"{self.folder}: the tokenizer cannot read a text ({error})") from None
+            raise InputError(f"{model_name(self.folder)}: the tokenizer cannot read a text ({error})") from None
         for encoding in encodings if self.embeddings else ():
             highest = max(encoding.ids, default=-1)
             if highest >= self.embeddings:
                 raise InputError(
-                    f"{self.folder}: the tokenizer gives {self.backend.id_to_token(highest)!r} the id {highest}, and "
-                    f"config.json's vocab_size is {self.embeddings}; correct the model's added tokens, or the text"
+                    f"{model_name(self.folder)}: the tokenizer gives {self.backend.id_to_token(highest)!r} the id "
+                    f"{highest}, and config.json's vocab_size is {self.embeddings}; correct the model's added "
+                    "tokens, or the text"
                 )
         return encodings
 
@@ -101,8 +103,8 @@ class Tokenizer:
         """Raises InputError if texts are to be cut on the left, for `what`, which are cut on the right alone."""
         if self.cut_side == "left":
             raise InputError(
-                f"{self.folder}: truncation_side = left in tokenizer_config.json is not supported for {what} that are "
-                "too long; pass a larger --max-length, or remove it"
+                f"{model_name(self.folder)}: truncation_side = left in tokenizer_config.json is not supported for "
+                f"{what} that are too long; pass a larger --max-length, or remove it"
             )
 
     def encode(self, texts: list[str], pairs: list[str] | None, max_length: int) -> list[Encoded]:

@@ -40,6 +40,23 @@ class Window(NamedTuple):
     truncated: bool = False  # whether the question was cut
 
 
+class Sizes(NamedTuple):
+    """How many tokens there are for a question and its context."""
+
+    room: int  # of a window, beside the special tokens
+    stride: int  # of the context, which neighbouring windows share
+    limit: int  # a question with more of them is cut; below 1: a window has no room for any question
+    cut: int  # to at most this many
+
+
+def window_sizes(tokenizer: Tokenizer, max_length: int, stride: int | None = None) -> Sizes:
+    """The sizes of windows of at most `max_length` tokens. stride: None for a third of `max_length`."""
+    room = max_length - tokenizer.backend.num_special_tokens_to_add(is_pair=True)
+    stride = max_length // 3 if stride is None else stride
+    limit = room - stride - 1
+    return Sizes(room, stride, limit, min(room // 2, limit))
+
+
 def make_windows(
     tokenizer: Tokenizer, questions: list[Question], max_length: int, stride: int | None = None
 ) -> list[Window]:
@@ -51,15 +68,13 @@ def make_windows(
     """
     backend = tokenizer.backend
     backend.no_truncation()  # Tokenizer.encode sets its own, each time
-    stride = max_length // 3 if stride is None else stride
-    room = max_length - backend.num_special_tokens_to_add(is_pair=True)
-    if room < stride + 2:
+    room, stride, limit, cut = window_sizes(tokenizer, max_length, stride)
+    if limit < 1:
         raise InputError(
             f"--max-length {max_length}: leaves no room for a question and windows that share {stride} tokens; "
             f"expected at least {max_length - room + stride + 2}"
         )
-    limit = room - stride - 1
-    asked = _cut([question.question for question in questions], tokenizer, limit, min(room // 2, limit))
+    asked = _cut([question.question for question in questions], tokenizer, limit, cut)
     covered = _offsets(tokenizer, (question.context for question in questions))
     backend.enable_truncation(max_length, stride=stride, strategy="only_second")
     encodings = tokenizer.run([(text, question.context) for text, question in zip(asked, questions)])

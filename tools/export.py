@@ -39,7 +39,9 @@ from support.checkpoint import load_model
 from support.errors import InputError
 from support.files import write_file
 from support.onnx_file import BITS, FILES, GRAPH, pack_files, padded_inputs
+from tasks.answers import MAX_ANSWER_TOKENS
 from tasks.tokenizer import Tokenizer
+from tasks.windows import window_sizes
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
 OUTPUTS = ["logits", "kept"]
@@ -216,18 +218,35 @@ def metadata_of(config: Config, tokenizer: Tokenizer | None) -> dict[str, str]:
     labels = {"labels": json.dumps(config.labels)}
     if tokenizer is None:
         return labels
-    settings = {
-        "head": config.head,
-        "max_length": min(config.max_seq_length, config.max_tokens),
-        "cut_side": tokenizer.cut_side,
-        "reads_segments": tokenizer.reads_segments,
-    }
+    settings = serving_settings(config, tokenizer)
     files = tokenizer.files | {"config.json": json.dumps(config.to_dict()).encode()}
     return labels | {
         "tokenizer": tokenizer.backend.to_str(),
         "settings": json.dumps(settings),
         FILES: pack_files(files),
     }
+
+
+def serving_settings(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What serving/serve.py has to know to read and answer as `predict` does.
+
+    limit: tokens of a text, or of a question that is not cut; below 1, the model can read none.
+    """
+    max_length = min(config.max_seq_length, config.max_tokens)
+    settings = {
+        "head": config.head,
+        "max_length": max_length,
+        "limit": max_length - tokenizer.backend.num_special_tokens_to_add(is_pair=False),
+        "cut_side": tokenizer.cut_side,
+        "reads_segments": tokenizer.reads_segments,
+        "split_special_tokens": tokenizer.backend.encode_special_tokens,
+        "vocab_size": config.vocab_size,
+    }
+    if config.head != "span":
+        return settings
+    sizes = window_sizes(tokenizer, max_length)
+    windows = {"stride": sizes.stride, "question_cut": sizes.cut, "max_answer_tokens": MAX_ANSWER_TOKENS}
+    return settings | windows | {"limit": sizes.limit}
 
 
 def quantize(path: Path, output: Path) -> None:

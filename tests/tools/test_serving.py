@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
 from test_ltp import refused, run
 
+from support.checkpoint import load_model, save_model
 from support.process import Process
 from tools.predict import Predictor
 
@@ -54,7 +57,9 @@ def expected_answers(hard: Path, rows: list[dict]) -> list[dict]:
 def assert_same(answers: list[dict], expected: list[dict]) -> None:
     assert len(answers) == len(expected)
     for one, other in zip(answers, expected):
-        assert one.pop("logits") == pytest.approx(other.pop("logits"), abs=1e-5)
+        assert one.keys() == other.keys()
+        for key in {"logits", "score", "no_answer_score"} & one.keys():
+            assert one.pop(key) == pytest.approx(other.pop(key), abs=1e-5)
         assert one == other
 
 
@@ -67,6 +72,136 @@ def test_serving_without_torch_answers_as_predict_does(hard, exported):
     assert_same([json.loads(line) for line in result.stdout.splitlines()], expected)
     result = serve(exported, "a film", "a song")
     assert_same([json.loads(result.stdout)], expected_answers(hard, [{"text": "a film", "text_pair": "a song"}]))
+
+
+@pytest.fixture(scope="module")
+def pruned(questions, tags, tmp_path_factory) -> dict[str, Path]:
+    """Folders of a tagger and of a model for questions in which tokens go; an exported file is beside each."""
+    folders = {}
+    for kind, trained in (("questions", questions), ("tags", tags)):
+        folders[kind] = tmp_path_factory.mktemp("pruned") / kind
+        shutil.copytree(trained.folder, folders[kind])
+        model = load_model(trained.folder, prune_mode="absolute_threshold").model
+        model.thresholds.data = torch.tensor([0.0, 0.006, 0.01, 0.014])
+        save_model(folders[kind], model)
+        run("export", "--restore", folders[kind], "--output", folders[kind].with_suffix(".onnx"))
+    return folders
+
+
+def question_rows() -> list[dict]:
+    """Questions on contexts of one window and of several, with blanks and letters of several tokens, and long ones."""
+    pieces = "Anna lives in Malden .  Boris\n lives 中文 in Norwick. été 😀 Clara lives in Pernau\t.".split(" ")
+    contexts = [" ".join((pieces * 20)[i : i + 1 + 11 * i]) for i in range(20)]
+    names = ("Anna", " Boris ", "Clara " * 30, "who? " * 60)
+    rows = [{"question": f"where does {names[i % 4]} live?", "context": text} for i, text in enumerate(contexts)]
+    return [row | {"id": i} if i % 3 == 0 else row for i, row in enumerate(rows)] + [rows[1] | {"context": "\x07"}]
+
+
+def tag_rows() -> list[dict]:
+    """Words, some without a token of their own, and more of them than the model reads."""
+    pieces = "Anna Berg is at the Harlow Press in Malden , \u200b été 😀 中文 \x07".split(" ")
+    words = [{"words": (pieces * 9)[i % 5 : i % 5 + 1 + 5 * i], "id": str(i)} for i in range(16)]
+    return words + [{"text": "  Anna\tlives in\n Malden "}]
+
+
+def test_tags_without_torch_are_those_of_predict(pruned):
+    rows = tag_rows()
+    result = serve(pruned["tags"].with_suffix(".onnx"), lines="".join(json.dumps(row) + "\n\n" for row in rows))
+    assert result.returncode == 0, result.stderr
+    expected = expected_answers(pruned["tags"], rows)
+    assert any(None in row["labels"] for row in expected) and any(row["kept"][-1] < row["tokens"] for row in expected)
+    assert_same([json.loads(line) for line in result.stdout.splitlines()], expected)
+    result = serve(pruned["tags"].with_suffix(".onnx"), "Anna lives in Malden")
+    assert_same([json.loads(result.stdout)], expected_answers(pruned["tags"], [{"text": "Anna lives in Malden"}]))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_questions_without_torch_are_answered_as_predict_does(pruned, threshold):
+    rows, options = question_rows(), () if threshold is None else ("--no-answer-threshold", str(threshold))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    result = serve(pruned["questions"].with_suffix(".onnx"), *options, lines=lines)
+    assert result.returncode == 0, result.stderr
+    predictor = Predictor(pruned["questions"], Process(), no_answer_threshold=threshold)
+    expected = predictor.answer([("", row) for row in rows])
+    assert {row["windows"] for row in expected} > {1, 2} and predictor.reader.truncated > 0
+    assert any(row["kept"][-1] < row["tokens"] for row in expected)
+    assert_same([json.loads(line) for line in result.stdout.splitlines()], expected)
+
+
+def test_a_question_on_the_command_line_goes_with_its_context(pruned):
+    row = {"question": "where does Anna live?", "context": "Anna lives in Malden."}
+    result = serve(pruned["questions"].with_suffix(".onnx"), "--threads", "1", *row.values())
+    assert_same([json.loads(result.stdout)], expected_answers(pruned["questions"], [row]))
+    for texts, message in ((["a"], 'expected "question" and "context"'), (["a", "b", "c"], "3 texts, but")):
+        result = serve(pruned["questions"].with_suffix(".onnx"), *texts)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "kind, line, message",
+    [
+        ("tags", "{", "not JSON"),
+        ("tags", "[1]", "expected a JSON object"),
+        ("tags", '{"words": []}', 'expected "words"'),
+        ("tags", '{"words": ["a", ""]}', 'expected "words"'),
+        ("tags", '{"text": " "}', 'expected "words"'),
+        ("questions", '{"question": "a"}', 'expected "question" and "context"'),
+        ("questions", '{"question": " ", "context": "a"}', 'expected "question" and "context"'),
+        ("questions", '{"question": "\\ud800", "context": "a"}', 'expected "question" and "context"'),
+        ("questions", "[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(pruned, kind, line, message):
+    fine = {"tags": '{"text": "a"}', "questions": '{"question": "a", "context": "b"}'}[kind]
+    result = serve(pruned[kind].with_suffix(".onnx"), lines=f"{fine}\n{line}\n{fine}\n")
+    assert result.returncode == 2 and len(result.stdout.splitlines()) == 1
+    assert result.stderr.startswith("Error: line 2: ") and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def change_settings(path: Path, output: Path, **values: Any) -> Path:
+    """Writes an exported file with other settings. None: the file does not have it."""
+    program = onnx.load(path)
+    (entry,) = [entry for entry in program.metadata_props if entry.key == "settings"]
+    settings = json.loads(entry.value) | values
+    entry.value = json.dumps({name: value for name, value in settings.items() if value is not None})
+    onnx.save(program, output)
+    return output
+
+
+def test_a_file_of_an_older_version_is_to_be_written_again(pruned, tmp_path):
+    path = change_settings(pruned["tags"].with_suffix(".onnx"), tmp_path / "old.onnx", vocab_size=None)
+    result = serve(path, "a")
+    assert result.returncode == 2 and "write it again with `ltp.py export`" in result.stderr
+
+
+@pytest.mark.parametrize("kind, texts", [("tags", ["a " * 90]), ("questions", ["a", "b " * 90])])
+def test_no_words_and_contexts_are_cut_on_the_left(pruned, tmp_path, kind, texts):
+    path = change_settings(pruned[kind].with_suffix(".onnx"), tmp_path / "left.onnx", cut_side="left")
+    assert serve(path, *(text[:20] for text in texts)).returncode == 0
+    result = serve(path, *texts)
+    assert result.returncode == 2 and "truncation_side = left" in result.stderr
+
+
+def test_a_token_without_an_embedding_is_named(hard, tmp_path):
+    shutil.copytree(hard, tmp_path / "model")
+    (tmp_path / "model" / "added_tokens.json").write_text('{"<new>": 600}')
+    run("export", "--restore", tmp_path / "model", "--output", tmp_path / "m.onnx")
+    assert serve(tmp_path / "m.onnx", "a film").returncode == 0
+    assert "Error: the tokenizer gives '<new>' the id 600" in serve(tmp_path / "m.onnx", "a <new> film").stderr
+    message = refused("predict", "--restore", tmp_path / "m.onnx", "a <new> film")
+    assert f"{tmp_path / 'm.onnx'}: the tokenizer gives '<new>' the id 600" in message
+
+
+def test_a_classifier_answers_a_list_of_texts(hard, exported, pruned):
+    sys.path.insert(0, str(ROOT / "serving"))
+    try:
+        from serve import Classifier
+    finally:
+        sys.path.pop(0)
+    answers = Classifier(exported)(["a film", "a song"], [None, "so it goes"])
+    assert_same(answers, expected_answers(hard, [{"text": "a film"}, {"text": "a song", "text_pair": "so it goes"}]))
+    with pytest.raises(ValueError, match="tags words or answers questions"):
+        Classifier(pruned["tags"].with_suffix(".onnx"))
 
 
 def test_serving_says_what_is_wrong_in_a_line(exported, hard, tmp_path):
@@ -109,8 +244,6 @@ def test_tags_and_questions_are_those_of_the_checkpoint(kind, request, tmp_path)
         scores.append(json.loads((tmp_path / "score.json").read_text()))
     for key in ("score", "loss", "kept", "relative_flops"):
         assert scores[0][key] == pytest.approx(scores[1][key], abs=1e-5)
-    result = serve(tmp_path / "m.onnx", "a text")
-    assert result.returncode == 2 and "tags words or answers questions" in result.stderr
 
 
 def test_int8_is_smaller_and_near(hard, exported, demo, tmp_path):
@@ -135,6 +268,9 @@ def test_what_a_file_cannot_do_is_refused(exported, demo, tmp_path):
         (("bench", "--restore", exported, *data), "an exported model prunes in its one way"),
         (("inspect", "--restore", exported, "a film"), "an exported model prunes in its one way"),
         (("export", "--restore", exported, "--output", tmp_path / "m.onnx"), "is exported already"),
+        (("eval", "--restore", exported, *data, "--tagging"), f"{exported}: classifies texts"),
+        (("eval", "--restore", exported, *data, "--regression"), f"{exported}: has 2 outputs"),
+        (("predict", "--restore", exported, "a", "--max-length", 999), f"{exported} has positions for 128 tokens"),
     ):
         assert message in refused(*arguments)
     (tmp_path / "text.onnx").write_text("no graph")
