@@ -349,6 +349,13 @@ bench_options = table(
         help="Examples to run together. May be given several times.",
     ),
     click.option("--repeats", default=5, show_default=True, type=WHOLE, help="Timed passes, after one to warm up."),
+    click.option(
+        "--beside",
+        multiple=True,
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        metavar="FILE",
+        help="Time this file of `export`, too, on the same batches. May be given several times.",
+    ),
     click.option("--seed", default=42, show_default=True, type=SEED, help="Seed of the choice of examples."),
     json_option("figures"),
     click.option("--card", is_flag=True, help="Add the figures to the checkpoint's model card, README.md."),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from runs.folder import read_log
 from runs.sweep import read_results
 from support.errors import InputError
+from support.files import short_names
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs, read from what the commands write
@@ -88,13 +88,7 @@ def read_file(path: Path, name: str) -> Run:
 
 def read_runs(paths: list[Path]) -> list[Run]:
     """The runs, each named by the end of its path, as short as keeps the names different. Raises: InputError."""
-    parts = [Path(re.sub(r"\.jsonl?$", "", os.path.abspath(path))).parts for path in paths]
-    names = [os.path.join(*path) for path in parts]
-    for count in range(1, max(map(len, parts))):
-        short = [os.path.join(*path[-count:]) for path in parts]
-        if len(set(short)) == len(set(names)):
-            names = short
-            break
+    names = short_names([Path(re.sub(r"\.jsonl?$", "", str(path))) for path in paths])
     return [read_run(path, name) for path, name in zip(paths, names)]
 
 
