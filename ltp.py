@@ -429,6 +429,7 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
     \b
     curves     loss, score, relative FLOPs and thresholds over the steps      run folders
     tradeoff   accuracy against relative FLOPs                                run folders, eval results
+    bops       accuracy against relative bit operations, a panel a task       run folders, eval results
     kept       share of the tokens left after each layer                      runs, eval results, answers (with spread)
     lengths    tokens leaving the last layer that keeps more than one,        answers
                against tokens of the text

@@ -427,8 +427,9 @@ plot_options = table(
     click.option("--output", required=True, metavar="FILE", type=FILE, help="A .png or .svg file to write."),
     click.option(
         "--kind",
-        type=click.Choice(["curves", "kept", "lengths", "tradeoff", "frontier"]),
-        help="What to draw.  [default: curves of one run, tradeoff of several, lengths of answers, frontier of sweeps]",
+        type=click.Choice(["curves", "kept", "lengths", "tradeoff", "bops", "frontier"]),
+        help="What to draw.  [default: curves of one run, tradeoff of several, bops where one is in int8, lengths of "
+        "answers, frontier of sweeps]",
     ),
 )
 demo_options = table(
