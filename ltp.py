@@ -254,16 +254,18 @@ def evaluate(**options: Any) -> None:
 @main.command()
 @bench_options
 def bench(**options: Any) -> None:
-    """Measure a checkpoint's speed: pruned beside dense, in turn in one run, medians after a warm-up.
+    """Measure speed: a checkpoint pruned beside dense, and exported files, in turn in one run, medians after a warm-up.
 
     \b
-    python ltp.py bench --restore CKPT --task MRPC --data glue/
+    python ltp.py bench --restore CKPT --task MRPC --beside model.onnx --beside model-int8.onnx
     python ltp.py bench --restore CKPT --lengths 32,64,128 --batch-size 1 --batch-size 64
 
-    "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. Both
-    models compute only the first token in the last layer where nothing reads the others. The formula of `eval` leaves
-    that saving out, and the dense model gains more by it: "done" is the reduction with the saving counted on both
-    sides.
+    An exported file runs on the CPU, one text after the other. Speed-ups are over the dense checkpoint, or over the
+    file where --restore names one. MB are those of the weights on disk.
+
+    "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. All
+    compute only the first token in the last layer where nothing reads the others. The formula of `eval` leaves that
+    saving out, and the dense model gains more by it: "done" is the reduction with the saving counted on both sides.
     """
     if bool(options["lengths"]) == bool(options["task"] or options["data"]):
         raise click.UsageError("pass --task or --data, or else --lengths")
@@ -285,7 +287,7 @@ def bench(**options: Any) -> None:
     folder = find_model(options["restore"])
     if options["card"]:
         check_card(folder)
-    same = {name: options[name] for name in ("batch_sizes", "examples", "repeats", "seed")}
+    same = {name: options[name] for name in ("batch_sizes", "examples", "repeats", "seed", "beside")}
     choices = BenchOptions(lengths=lengths, max_length=options["max_seq_length"], **same)
     result = bench_checkpoint(folder, source, options=choices, process=process)
     speed_table(result)
@@ -427,6 +429,7 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
     \b
     curves     loss, score, relative FLOPs and thresholds over the steps      run folders
     tradeoff   accuracy against relative FLOPs                                run folders, eval results
+    bops       accuracy against relative bit operations, a panel a task       run folders, eval results
     kept       share of the tokens left after each layer                      runs, eval results, answers (with spread)
     lengths    tokens leaving the last layer that keeps more than one,        answers
                against tokens of the text

@@ -201,20 +201,29 @@ def add_speed(folder: Path, result: dict[str, Any]) -> None:
     Raises: InputError where there is no card of ours.
     """
     check_card(folder)
-    rows = [
-        f"| {s['batch_size']} | {1e3 * s['dense_latency']:.2f} | {1e3 * s['latency']:.2f} | {s['speedup']:.2f}x | "
-        f"{s['flops_reduction']:.2f}x |"
-        for s in result["speeds"]
+    rows, c = result["rows"], result["conditions"]
+    rounded = any(row["relative_bops"] != row["relative_flops"] for row in rows)
+    names = ["batch", "", "MB", "ms per batch", "speed-up", "FLOPs reduction", *["relative BOPs"] * rounded]
+    cells = [
+        [
+            str(row["batch_size"]),
+            row["model"],
+            f"{row['file_bytes'] / 1e6:.1f}",
+            f"{1e3 * row['latency']:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{1 / row['relative_flops']:.2f}x",
+            *[f"{row['relative_bops']:.3f}"] * rounded,
+        ]
+        for row in rows
     ]
-    c, rows = result["conditions"], "\n".join(rows)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *cells))
     data = f"{c['examples']} examples ({c['data']}, {c['mean_length']:.0f} tokens on average)"
+    versions = f"torch {c['torch']}" + (f", onnxruntime {c['onnxruntime']}" if "onnxruntime" in c else "")
     section = f"""{SPEED}
-| batch | dense, ms per batch | pruned, ms per batch | speed-up | FLOPs reduction |
-|---|---|---|---|---|
-{rows}
+{table}
 
-Medians of {c["repeats"]} passes over {data}, dense and pruned in turn in one run:
-{c["device"]}, threads {c["threads"]}, {c["precision"]}, torch {c["torch"]}.
+Medians of {c["repeats"]} passes over {data}, all in turn in one run:
+{c["device"]}, threads {c["threads"]}, {c["precision"]}, {versions}.
 """
     path = folder / "README.md"
     text = re.sub(rf"{SPEED}.*?(?=\n## |\Z)", "", path.read_text(encoding="utf-8"), flags=re.DOTALL) + section

@@ -91,29 +91,29 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def speed_table(result: dict[str, Any]) -> None:
-    """Prints what `bench` measured, and its conditions. result: the content of `bench --json`."""
-    columns = ("batch", "", "ms per batch", "p95", "examples/s", "FLOPs", "done", "speed-up", "FLOPs into time")
-    table = new_table(("",), *columns)
-    for s in result["speeds"]:
+    """Prints what `bench` measured, and its conditions. result: the content of `bench --json`.
+
+    Bit operations have a column where they are not what the FLOPs say.
+    """
+    rows = result["rows"]
+    bops = ("rel. BOPs",) if any(row["relative_bops"] != row["relative_flops"] for row in rows) else ()
+    columns = ("batch", "", "MB", "ms per batch", "p95", "examples/s", "FLOPs", *bops, "done", "speed-up")
+    table = new_table(("",), *columns, "FLOPs into time")
+    sizes = [row["batch_size"] for row in rows]
+    for row, before in zip(rows, [None, *sizes]):
+        flops_to_time = row["speedup"] * row["relative_flops"]
         table.add_row(
-            str(s["batch_size"]),
-            "dense",
-            f"{1e3 * s['dense_latency']:.2f}",
-            f"{1e3 * s['dense_latency_p95']:.2f}",
-            f"{s['dense_examples_per_second']:.1f}",
-            *["1.00x"] * 3,
-            "",
-        )
-        table.add_row(
-            "",
-            "pruned",
-            f"{1e3 * s['latency']:.2f}",
-            f"{1e3 * s['latency_p95']:.2f}",
-            f"{s['examples_per_second']:.1f}",
-            f"{s['flops_reduction']:.2f}x",
-            f"{s['done_reduction']:.2f}x",
-            f"{s['speedup']:.2f}x",
-            f"{s['flops_to_time']:.2f}",
+            str(row["batch_size"]) if row["batch_size"] != before else "",
+            row["model"],
+            f"{row['file_bytes'] / 1e6:.1f}",
+            f"{1e3 * row['latency']:.2f}",
+            f"{1e3 * row['latency_p95']:.2f}",
+            f"{row['examples_per_second']:.1f}",
+            f"{1 / row['relative_flops']:.2f}x",
+            *(f"{row['relative_bops']:.3f}" for _ in bops),
+            f"{row['done_reduction']:.2f}x",
+            f"{row['speedup']:.2f}x",
+            f"{flops_to_time:.2f}" if row["model"] == "pruned" else "",
         )
     output_console().print(table)
     print(f"\n{conditions_line(result['conditions'])}")
@@ -124,6 +124,7 @@ def conditions_line(c: dict[str, Any]) -> str:
     lengths = ", ".join(f"{share} of them at most {n:.0f}" for share, n in c["length_quantiles"].items())
     return (
         f"{c['checkpoint']} ({c['pruning']}) on {c['examples']} examples of {c['data']}, {c['mean_length']:.1f} tokens "
-        f"on average ({lengths}). {c['device']}, {c['precision']}, {c['threads']} threads, torch {c['torch']}; "
+        f"on average ({lengths}). {c['device']}, {c['precision']}, {c['threads']} threads, torch {c['torch']}"
+        f"{', onnxruntime ' + c['onnxruntime'] if 'onnxruntime' in c else ''}; "
         f"{c['statistic']} of {c['repeats']} passes; {c['peak_memory_bytes'] / 2**20:.0f} MiB at the peak"
     )

@@ -107,6 +107,21 @@ def is_utf8(text: str) -> bool:
         return False
 
 
+def short_names(paths: list[Path]) -> list[str]:
+    """The end of each path, as short as keeps different paths different.
+
+    >>> short_names([Path("runs/a/hard"), Path("runs/b/hard")])
+    ['a/hard', 'b/hard']
+    """
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    names = [os.path.join(*path) for path in parts]
+    for count in range(1, max(map(len, parts), default=1)):
+        short = [os.path.join(*path[-count:]) for path in parts]
+        if len(set(short)) == len(set(names)):
+            return short
+    return names
+
+
 def file_digest(path: Path) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a file's content."""
     with open(path, "rb") as file:

@@ -349,6 +349,13 @@ bench_options = table(
         help="Examples to run together. May be given several times.",
     ),
     click.option("--repeats", default=5, show_default=True, type=WHOLE, help="Timed passes, after one to warm up."),
+    click.option(
+        "--beside",
+        multiple=True,
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        metavar="FILE",
+        help="Time this file of `export`, too, on the same batches. May be given several times.",
+    ),
     click.option("--seed", default=42, show_default=True, type=SEED, help="Seed of the choice of examples."),
     json_option("figures"),
     click.option("--card", is_flag=True, help="Add the figures to the checkpoint's model card, README.md."),
@@ -420,8 +427,9 @@ plot_options = table(
     click.option("--output", required=True, metavar="FILE", type=FILE, help="A .png or .svg file to write."),
     click.option(
         "--kind",
-        type=click.Choice(["curves", "kept", "lengths", "tradeoff", "frontier"]),
-        help="What to draw.  [default: curves of one run, tradeoff of several, lengths of answers, frontier of sweeps]",
+        type=click.Choice(["curves", "kept", "lengths", "tradeoff", "bops", "frontier"]),
+        help="What to draw.  [default: curves of one run, tradeoff of several, bops where one is in int8, lengths of "
+        "answers, frontier of sweeps]",
     ),
 )
 demo_options = table(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from runs.folder import read_log
 from runs.sweep import read_results
 from support.errors import InputError
+from support.files import short_names
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs, read from what the commands write
@@ -88,13 +88,7 @@ def read_file(path: Path, name: str) -> Run:
 
 def read_runs(paths: list[Path]) -> list[Run]:
     """The runs, each named by the end of its path, as short as keeps the names different. Raises: InputError."""
-    parts = [Path(re.sub(r"\.jsonl?$", "", os.path.abspath(path))).parts for path in paths]
-    names = [os.path.join(*path) for path in parts]
-    for count in range(1, max(map(len, parts))):
-        short = [os.path.join(*path[-count:]) for path in parts]
-        if len(set(short)) == len(set(names)):
-            names = short
-            break
+    names = short_names([Path(re.sub(r"\.jsonl?$", "", str(path))) for path in paths])
     return [read_run(path, name) for path, name in zip(paths, names)]
 
 
@@ -272,6 +266,21 @@ def plot_lengths(runs: list[Run]) -> Any:
     return figure
 
 
+def draw_dense(panel: Any, record: dict[str, Any], metric: str) -> float:
+    """A line across for the dense model, and a band for an accuracy's standard error. Returns the metric's value."""
+    value = record["metrics"][metric]
+    panel.axhline(value, color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+    error = standard_error(metric, value, record.get("examples"))
+    if error:
+        panel.axhspan(value - error, value + error, color="#888888", alpha=0.12, linewidth=0, label="dense ± 1 SE")
+    return value
+
+
+def spread_down(panel: Any, top: float) -> None:
+    """Lets a panel reach a tenth below the dense model's value: a small difference must not look large."""
+    panel.set_ylim(min(panel.get_ylim()[0], top - abs(top) / 10))
+
+
 def plot_tradeoff(runs: list[Run]) -> Any:
     """The first metric that all runs have against relative FLOPs; an accuracy with its standard error."""
     check_runs(runs, lambda run: run.best, "run folders and results of `eval --json`")
@@ -293,6 +302,57 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=f"{metric}{note}", xlim=(0, 1.05))
     figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
     return figure
+
+
+def relative_bops(record: dict[str, Any]) -> float:
+    """Bit operations of an evaluation as a share of the dense float32 model's. Old records (float) lack them."""
+    return record.get("relative_bops", record["relative_flops"])
+
+
+def plot_bops(runs: list[Run]) -> Any:
+    """Each task's first metric against relative bit operations on a logarithmic axis, a panel a task.
+
+    Float models have a line, and models whose products are rounded to int8 another. Each point tells its FLOPs.
+    """
+    check_runs(runs, lambda run: run.best, "run folders and results of `eval --json`")
+    tasks: dict[str | None, list[dict[str, Any]]] = {}
+    for run in runs:
+        tasks.setdefault(run.task, []).append(run.best)
+    figure, panels = new_figure(1, len(tasks), 6.4 if len(tasks) == 1 else 4.0)
+    for panel, (task, records) in zip(panels, tasks.items()):
+        draw_bops(panel, records)
+        panel.set_title("your own data" if task == "custom" else task or "")
+    shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), frameon=False)
+    return figure
+
+
+def draw_bops(panel: Any, records: list[dict[str, Any]]) -> None:
+    """The evaluations of one task."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    metric = next(iter(records[0]["metrics"]))
+    dense = [record for record in records if relative_bops(record) == 1]
+    if dense:
+        draw_dense(panel, dense[0], metric)
+    records = sorted(records, key=relative_bops)
+    for i, (label, rounded) in enumerate((("float32", False), ("int8", True))):
+        line = [record for record in records if (relative_bops(record) != record["relative_flops"]) == rounded]
+        points = [(relative_bops(record), record["metrics"][metric]) for record in line]
+        if points:
+            panel.plot(*zip(*points), label=label, markersize=7, **line_style(i))
+        for point, record in zip(points, line):
+            share = record["relative_flops"]
+            # A line comes to its dense point from the left, and to the others from the right.
+            text, side, place = ("dense", "left", (6, 4)) if share == 1 else (f"{share:.2f}", "right", (-5, 4))
+            panel.annotate(text, point, place, textcoords="offset points", ha=side, size="small")
+    panel.set(xscale="log", xlabel="relative bit operations (numbers: relative FLOPs)", ylabel=metric)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_locator(LogLocator(subs=()))
+    panel.margins(x=0.22, y=0.12)
+    if dense:
+        spread_down(panel, dense[0]["metrics"][metric])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,13 +384,8 @@ def plot_frontier(runs: list[Run]) -> Any:
 
 def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
     """One sweep. A point far below the dense model stands at the bottom with its value."""
-    dense = cells[0]
-    metric = next(iter(dense["metrics"]))
-    top = dense["metrics"][metric]
-    panel.axhline(top, color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
-    error = standard_error(metric, top, dense.get("examples"))
-    if error:
-        panel.axhspan(top - error, top + error, color="#888888", alpha=0.12, linewidth=0, label="dense ± 1 SE")
+    metric = next(iter(cells[0]["metrics"]))
+    top = draw_dense(panel, cells[0], metric)
     floor = top - abs(top) / 4
     for label, groups in frontier_lines(cells[1:], metric).items():
         style = styles.setdefault(label, line_style(len(styles)))
@@ -343,7 +398,7 @@ def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dic
         if single:
             panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **style)
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
-    panel.set_ylim(min(panel.get_ylim()[0], top - abs(top) / 10))  # a small difference must not look large
+    spread_down(panel, top)
 
 
 def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[Points]]:
@@ -369,14 +424,18 @@ PLOTS: dict[str, Callable[[list[Run]], Any]] = {
     "kept": plot_kept,
     "lengths": plot_lengths,
     "tradeoff": plot_tradeoff,
+    "bops": plot_bops,
     "frontier": plot_frontier,
 }
 
 
 def natural_kind(runs: list[Run]) -> str:
-    """The default of --kind: curves of one run, tradeoff of several, lengths of texts, frontier of a sweep."""
+    """The default of --kind: curves of one run, tradeoff of several, bops if one is in int8, lengths of texts, frontier
+    of a sweep."""
     if any(run.cells for run in runs):
         return "frontier"
     if any(run.kept is not None for run in runs):
         return "lengths" if all(run.kept is not None for run in runs) else "kept"
+    if any(relative_bops(run.best) != run.best["relative_flops"] for run in runs):
+        return "bops"
     return "curves" if len(runs) == 1 and "step" in runs[0].evaluations[0] else "tradeoff"

@@ -77,25 +77,25 @@ def test_measured_speed_is_added_and_replaced(soft, tmp_path):
     }
     conditions |= {"precision": "fp32", "torch": "2"}
 
-    def measured(batch_size: int) -> dict:
-        speed = {
-            "batch_size": batch_size,
-            "dense_latency": 0.5,
-            "latency": 0.25,
-            "speedup": 2.0,
-            "flops_reduction": 2.5,
-        }
-        return {"speeds": [speed], "conditions": conditions}
+    def measured(batch_size: int, **more) -> dict:
+        row = {"batch_size": batch_size, "model": "dense", "file_bytes": 91e6, "latency": 0.5, "speedup": 1.0}
+        row |= {"relative_flops": 1.0, "relative_bops": 1.0}
+        pruned = {"model": "pruned", "latency": 0.25, "speedup": 2.0, "relative_flops": 0.4, "relative_bops": 0.4}
+        return {"rows": [row, row | pruned | more], "conditions": conditions}
 
     add_speed(folder, measured(2))
     text = (folder / "README.md").read_text()
-    assert text.startswith(before) and "| 2 | 500.00 | 250.00 | 2.00x | 2.50x |" in text
+    assert text.startswith(before) and "| 2 | pruned | 91.0 | 250.00 | 2.00x | 2.50x |\n" in text
+    assert "| 2 | dense | 91.0 | 500.00 | 1.00x | 1.00x |\n" in text and "BOPs" not in text
     assert "Medians of 3 passes over 9 examples" in text
     (folder / "README.md").write_text(text + "\n## Mine\n\nstays\n")
     add_speed(folder, measured(3))
     text = (folder / "README.md").read_text()
-    assert text.count("## Measured speed") == 1 and "| 3 |" in text and "| 2 | 500" not in text
+    assert text.count("## Measured speed") == 1 and "| 3 |" in text and "| 2 | dense" not in text
     assert "## Mine\n\nstays\n" in text
+    add_speed(folder, measured(3, model="int8.onnx", relative_bops=0.025))
+    text = (folder / "README.md").read_text()
+    assert "relative BOPs |\n" in text and "| 3 | int8.onnx | 91.0 | 250.00 | 2.00x | 2.50x | 0.025 |\n" in text
     (folder / "README.md").write_text("mine")
     with pytest.raises(InputError, match="is not a card that training wrote"):
         add_speed(folder, measured(2))

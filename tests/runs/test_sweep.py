@@ -99,6 +99,7 @@ def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dens
     rows = read_results(tmp_path / "out" / "results.jsonl")
     assert [row["method"] for row in rows] == ["dense", "ltp"]
     assert rows[0]["relative_flops"] == 1 and rows[1]["relative_flops"] == pytest.approx(0.7, abs=0.06)
+    assert all(row["relative_bops"] == row["relative_flops"] for row in rows) and "BOPs" not in first.stdout
     assert rows[1]["soft"]["soft_relative_flops"] > 0 and rows[1]["distilled"]
     png = (tmp_path / "out" / "frontier.png").read_bytes()
     assert png.startswith(b"\x89PNG") and "ltp-target-flops-0.7" in first.stdout

@@ -22,43 +22,65 @@ def test_many_metrics_go_below_the_table(capsys):
     assert out.splitlines()[-1] == "eval: metric 2 0.2000, metric 3 0.3000, metric 4 0.4000"
 
 
+ROW = {
+    "model": "dense",
+    "batch_size": 8,
+    "file_bytes": 91_000_000,
+    "latency": 1.0,
+    "latency_p95": 1.25,
+    "examples_per_second": 8.0,
+    "speedup": 1.0,
+    "relative_flops": 1.0,
+    "relative_bops": 1.0,
+    "done_reduction": 1.0,
+}
+PRUNED = {"model": "pruned", "latency": 0.5, "latency_p95": 0.75, "examples_per_second": 16.0, "speedup": 2.0}
+PRUNED = ROW | PRUNED | {"relative_flops": 0.4, "relative_bops": 0.4, "done_reduction": 2.25}
+INT8 = PRUNED | {"model": "int8.onnx", "file_bytes": 60_000_000, "relative_bops": 0.025, "speedup": 4.0}
+CONDITIONS = {
+    "checkpoint": "runs/hard",
+    "pruning": "hard",
+    "examples": 41,
+    "data": "dev.jsonl",
+    "mean_length": 30.25,
+    "length_quantiles": {"50%": 28, "95%": 60},
+    "device": "a CPU",
+    "precision": "fp32",
+    "threads": 1,
+    "torch": "2.0",
+    "statistic": "median",
+    "repeats": 5,
+    "peak_memory_bytes": 3 * 2**20,
+}
+
+
+def table_cells(out: str) -> list[list[str]]:
+    lines = [line.replace("┃", "│") for line in out.splitlines()]
+    return [[cell.strip() for cell in line.split("│")] for line in lines if "│" in line]
+
+
 def test_speeds_and_their_conditions(capsys):
-    speed = {
-        "batch_size": 8,
-        "latency": 0.5,
-        "latency_p95": 0.75,
-        "dense_latency": 1.0,
-        "dense_latency_p95": 1.25,
-        "examples_per_second": 16.0,
-        "dense_examples_per_second": 8.0,
-        "tokens_per_second": 100.0,
-        "speedup": 2.0,
-        "flops_reduction": 2.5,
-        "done_reduction": 2.25,
-        "flops_to_time": 0.8,
-    }
-    conditions = {
-        "checkpoint": "runs/hard",
-        "pruning": "hard",
-        "examples": 41,
-        "data": "dev.jsonl",
-        "mean_length": 30.25,
-        "length_quantiles": {"50%": 28, "95%": 60},
-        "device": "a CPU",
-        "precision": "fp32",
-        "threads": 1,
-        "torch": "2.0",
-        "statistic": "median",
-        "repeats": 5,
-        "peak_memory_bytes": 3 * 2**20,
-    }
-    speed_table({"speeds": [speed], "conditions": conditions})
+    speed_table({"rows": [ROW, PRUNED], "conditions": CONDITIONS})
     out = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "│" in line]
-    assert rows[0] == ["8", "dense", "1000.00", "1250.00", "8.0", "1.00x", "1.00x", "1.00x", ""]
-    assert rows[1] == ["", "pruned", "500.00", "750.00", "16.0", "2.50x", "2.25x", "2.00x", "0.80"]
+    header, *rows = table_cells(out)
+    columns = "batch  MB ms.per.batch p95 examples/s FLOPs done speed-up FLOPs.into.time".split(" ")
+    assert header == [name.replace(".", " ") for name in columns]
+    assert rows[0] == ["8", "dense", "91.0", "1000.00", "1250.00", "8.0", "1.00x", "1.00x", "1.00x", ""]
+    assert rows[1] == ["", "pruned", "91.0", "500.00", "750.00", "16.0", "2.50x", "2.25x", "2.00x", "0.80"]
     told = "runs/hard (hard) on 41 examples of dev.jsonl, 30.2 tokens on average (50% of them at most 28"
     assert told in out and "fp32, 1 threads" in out and out.endswith("3 MiB at the peak\n")
+    assert "onnxruntime" not in out
+
+
+def test_speeds_of_files_in_int8_have_bit_operations(capsys):
+    sizes = [row | {"batch_size": size} for size in (1, 8) for row in (ROW, INT8)]
+    speed_table({"rows": sizes, "conditions": CONDITIONS | {"onnxruntime": "1.9"}})
+    out = capsys.readouterr().out
+    header, *rows = table_cells(out)
+    assert header[6:9] == ["FLOPs", "rel. BOPs", "done"]
+    assert rows[0][6:8] == ["1.00x", "1.000"] and rows[1][6:8] == ["2.50x", "0.025"]
+    assert rows[1][1:3] == ["int8.onnx", "60.0"] and rows[1][-2:] == ["4.00x", ""]
+    assert [row[0] for row in rows] == ["1", "", "8", ""] and "torch 2.0, onnxruntime 1.9;" in out
 
 
 def test_progress_needs_no_terminal(capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.errors import InputError
-from support.files import cached_name, file_digest, write_file, write_json, write_text
+from support.files import cached_name, file_digest, short_names, write_file, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,3 +91,9 @@ def test_digests_and_cached_names(tmp_path):
     assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea"  # SHA-256 of "abc" in FIPS 180-2
     assert cached_name(tmp_path / "models--owner--name" / "snapshots" / "abc") == "owner/name"
     assert cached_name(tmp_path) is None
+
+
+def test_short_names_keep_what_differs():
+    assert short_names([Path("a/m.onnx")]) == ["m.onnx"] and short_names([]) == []
+    assert short_names([Path("x/a/m"), Path("x/b/m"), Path("x/b/n")]) == ["a/m", "b/m", "b/n"]
+    assert short_names([Path("x/m"), Path("x/m")]) == ["m", "m"]

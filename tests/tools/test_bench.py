@@ -1,5 +1,9 @@
 """Speed: what is counted is exact, what is timed belongs together, and the conditions say what was measured."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +13,11 @@ from data import Examples, sorted_batches
 from model import Hard, Uncounted, pack
 from support.checkpoint import load_model, save_model
 from support.errors import InputError
+from support.onnx_file import open_file
 from support.process import Process
+from tools import bench
 from tools.bench import BenchOptions, bench_checkpoint, measure_speed
+from tools.export import export_checkpoint
 from train import relative_flops
 
 
@@ -96,3 +103,92 @@ def test_bench_of_questions_prunes_what_is_not_protected(questions, tmp_path):
         reductions.append(result["speeds"][0]["flops_reduction"])
         assert result["speeds"][0]["done_reduction"] == reductions[-1]  # every token's last state is read
     assert reductions[0] > 2 and reductions[1] == 1
+
+
+# ---- exported files ----
+
+
+@pytest.fixture(scope="module")
+def files(hard, tmp_path_factory) -> dict[str, Path]:
+    """The model as exported files: pruned, without pruning, and pruned in int8."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp("exported")
+    kinds = {"pruned": {}, "dense": {"dense": True}, "int8": {"int8": True}}
+    for name, choices in kinds.items():
+        export_checkpoint(hard, folder / f"{name}.onnx", **choices)
+    return {name: folder / f"{name}.onnx" for name in kinds}
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr(bench, "PAUSE", 0)
+
+
+def test_exported_files_are_timed_beside_the_checkpoint(hard, source, files, no_pause):
+    options = BenchOptions((1, 8), examples=20, repeats=2, beside=tuple(files.values()))
+    result = bench_checkpoint(hard, source, options, Process())
+    rows, conditions = result["rows"], result["conditions"]
+    names = ["dense", "pruned", "pruned.onnx", "dense.onnx", "int8.onnx"]
+    assert [(row["batch_size"], row["model"]) for row in rows] == [(size, name) for size in (1, 8) for name in names]
+    dense, pruned, exported, exported_dense, int8 = rows[:5]
+    assert exported["relative_flops"] == pruned["relative_flops"] < 1 == exported_dense["relative_flops"]
+    assert exported["done_reduction"] == pruned["done_reduction"] > 1 == exported_dense["done_reduction"]
+    assert all(row["relative_bops"] == row["relative_flops"] for row in (dense, pruned, exported, exported_dense))
+    assert int8["relative_bops"] < 0.5 * int8["relative_flops"]
+    assert int8["relative_flops"] == pytest.approx(pruned["relative_flops"], abs=0.1)
+    for row in rows:
+        first = rows[0] if row["batch_size"] == 1 else rows[5]
+        assert row["speedup"] == pytest.approx(row["examples_per_second"] / first["examples_per_second"])
+        assert 0 < row["latency"] <= row["latency_p95"]
+    sizes = [row["file_bytes"] for row in rows[1:5]]
+    assert sizes[0] == (hard / "model.safetensors").stat().st_size
+    assert sizes[1:] == [file.stat().st_size for file in files.values()]
+    assert [speed["batch_size"] for speed in result["speeds"]] == [1, 8]
+    assert result["speeds"][0]["relative_bops"] == pruned["relative_bops"] and conditions["onnxruntime"]
+
+
+def test_an_exported_file_is_measured_alone_and_is_the_reference(source, files, no_pause):
+    options = BenchOptions((4,), examples=8, repeats=1, beside=(files["int8"],))
+    result = bench_checkpoint(open_file(files["pruned"]), source, options, Process())
+    assert result["speeds"] == [] and [row["model"] for row in result["rows"]] == ["pruned.onnx", "int8.onnx"]
+    assert result["rows"][0]["speedup"] == 1 and result["rows"][0]["relative_flops"] < 1
+    assert result["conditions"]["checkpoint"] == str(files["pruned"].resolve())
+    assert result["conditions"]["pruning"] == "hard"
+
+
+def test_files_of_one_name_are_told_apart(hard, files, tmp_path, no_pause):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.onnx").symlink_to(files["dense"])
+    beside = (tmp_path / "a" / "m.onnx", tmp_path / "b" / "m.onnx")
+    options = BenchOptions((2,), examples=4, repeats=1, lengths=[9], beside=beside)
+    rows = bench_checkpoint(hard, None, options, Process())["rows"]
+    assert [row["model"] for row in rows] == ["dense", "pruned", "a/m.onnx", "b/m.onnx"]
+
+
+def test_files_that_answer_other_texts_are_refused(hard, source, questions, files, tmp_path):
+    def refusal(folder: Path, source, path: Path) -> str:
+        with pytest.raises(InputError) as error:
+            bench_checkpoint(folder, source, BenchOptions((2,), lengths=[9], beside=(path,)), Process())
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        return str(error.value)
+
+    wrong = refusal(questions.folder, None, files["dense"])
+    assert f"has head = sequence, and {questions.folder} has span" in wrong
+    shutil.copytree(hard, tmp_path / "other")
+    model = load_model(hard, ("negative", "positive")).model
+    model.config = replace(model.config, labels=("bad", "good"))
+    save_model(tmp_path / "other", model)
+    assert "has labels = ('negative', 'positive')" in refusal(tmp_path / "other", None, files["dense"])
+    shutil.copytree(hard, tmp_path / "cased")
+    (tmp_path / "cased" / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert "its tokenizer is not that of" in refusal(tmp_path / "cased", source, files["dense"])
+    (tmp_path / "text.onnx").write_text("no graph")
+    assert "not a graph" in refusal(hard, None, tmp_path / "text.onnx")
+
+
+def test_exported_files_are_timed_on_the_cpu(hard, files):
+    options = BenchOptions((2,), lengths=[9], beside=(files["dense"],))
+    with pytest.raises(InputError, match="pass --device cpu"):
+        bench_checkpoint(hard, None, options, Process(device=torch.device("meta")))

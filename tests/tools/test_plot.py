@@ -18,6 +18,7 @@ from tools.plot import (
     PLOTS,
     Run,
     natural_kind,
+    plot_bops,
     plot_curves,
     plot_frontier,
     plot_kept,
@@ -28,6 +29,7 @@ from tools.plot import (
 )
 
 pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[2]
 
 
 def texts_of(svg: Path) -> set[str]:
@@ -138,6 +140,41 @@ def test_a_trade_off_has_a_point_for_each_run(runs):
         plot_tradeoff([soft._replace(task="MRPC"), dense])
 
 
+def evaluation(flops: float, bops: float | None, accuracy: float, task: str = "MRPC") -> Run:
+    record = {"metrics": {"accuracy": accuracy}, "score": accuracy, "relative_flops": flops, "examples": 100}
+    record |= {"kept": [flops]} | ({} if bops is None else {"relative_bops": bops})
+    return Run("run", [record], record, task=task)
+
+
+def test_bit_operations_have_a_line_for_float_and_for_int8(tmp_path):
+    runs = [evaluation(0.5, None, 0.79), evaluation(1.0, 1.0, 0.8), evaluation(1.0, 0.08, 0.78)]
+    runs += [evaluation(0.5, 0.04, 0.77), evaluation(1.0, 1.0, 0.9, task="custom")]
+    assert natural_kind(runs) == "bops" and natural_kind(runs[:2]) == "tradeoff"
+    panels = plot_bops(runs).axes
+    drawn = {line.get_label(): line for line in panels[0].lines}
+    points = {label: list(zip(*drawn[label].get_data())) for label in ("float32", "int8")}
+    assert points == {"float32": [(0.5, 0.79), (1.0, 0.8)], "int8": [(0.04, 0.77), (0.08, 0.78)]}
+    assert list(drawn["dense"].get_ydata()) == [0.8, 0.8] and panels[0].get_xscale() == "log"
+    assert sorted(text.get_text() for text in panels[0].texts) == ["0.50", "0.50", "dense", "dense"]
+    assert panels[0].get_ylim()[0] < 0.73  # a small difference does not look large
+    assert [panel.get_title() for panel in panels] == ["MRPC", "your own data"] and len(panels[1].lines) == 2
+    save_figure(plot_bops(runs), tmp_path / "p.svg", "svg")
+    assert {"float32", "int8", "dense ± 1 SE", "0.05"} <= texts_of(tmp_path / "p.svg")
+
+
+def test_bit_operations_need_no_dense_model():
+    (panel,) = plot_bops([evaluation(0.5, 0.04, 0.77)]).axes
+    assert [line.get_label() for line in panel.lines] == ["int8"]
+
+
+def test_the_readmes_figure_is_drawn_from_its_records():
+    records = read_runs(sorted((ROOT / "benchmarks" / "results" / "bops").glob("*.json")))
+    assert natural_kind(records) == "bops"
+    for panel in plot_bops(records).axes:
+        lines = {line.get_label(): line.get_xdata() for line in panel.lines}
+        assert len(lines["float32"]) == len(lines["int8"]) == 3 and max(lines["int8"]) < 0.1
+
+
 def cell(method: str, share: float, accuracy: float, **settings) -> dict:
     record = {"method": method, "relative_flops": share, "distilled": True, "target_flops": share}
     return record | {"metrics": {"accuracy": accuracy}, "examples": 100} | settings
@@ -202,7 +239,13 @@ def test_missing_files_and_unfinished_runs_are_named(runs, tmp_path):
 
 def test_a_kind_that_does_not_fit_is_refused(runs):
     soft, answers = read_runs([runs / "soft", runs / "answers.jsonl"])
-    for kind, run in (("lengths", soft), ("frontier", soft), ("curves", answers), ("tradeoff", answers)):
+    for kind, run in (
+        ("lengths", soft),
+        ("frontier", soft),
+        ("curves", answers),
+        ("tradeoff", answers),
+        ("bops", answers),
+    ):
         with pytest.raises(InputError, match=f"^{run.name}: this kind of plot shows .*; pass another --kind"):
             PLOTS[kind]([run])
 

@@ -265,7 +265,6 @@ def test_what_a_file_cannot_do_is_refused(exported, demo, tmp_path):
     for arguments, message in (
         (("hard", "--restore", exported, *data, "--output", tmp_path / "o"), "an exported model cannot change"),
         (("eval", "--restore", exported, *data, "--dense"), "an exported model prunes in its one way"),
-        (("bench", "--restore", exported, *data), "an exported model prunes in its one way"),
         (("inspect", "--restore", exported, "a film"), "an exported model prunes in its one way"),
         (("export", "--restore", exported, "--output", tmp_path / "m.onnx"), "is exported already"),
         (("eval", "--restore", exported, *data, "--tagging"), f"{exported}: classifies texts"),
@@ -275,3 +274,15 @@ def test_what_a_file_cannot_do_is_refused(exported, demo, tmp_path):
         assert message in refused(*arguments)
     (tmp_path / "text.onnx").write_text("no graph")
     assert "not a graph" in refused("eval", "--restore", tmp_path / "text.onnx", *data)
+
+
+def test_bench_times_files_alone_and_beside_a_checkpoint(hard, exported, demo, tmp_path):
+    int8, few = exported.with_name("int8.onnx"), ("--examples", 4, "--repeats", 1, "--bs", 2)
+    for restore, names in ((exported, ["m.onnx", "int8.onnx"]), (hard, ["dense", "pruned", "int8.onnx"])):
+        words = ("--restore", restore, "--beside", int8, "--data", demo / "data", "--json", tmp_path / "speed.json")
+        result = run("bench", *words, *few)
+        assert [row["model"] for row in json.loads((tmp_path / "speed.json").read_text())["rows"]] == names
+        assert "rel. BOPs" in result.stdout and all(name in result.stdout for name in names)
+    absent = run("bench", "--restore", hard, "--lengths", 9, "--beside", tmp_path / "absent.onnx", code=2)
+    assert "does not exist" in absent.stderr
+    assert "is not a card that training wrote" in refused("bench", "--restore", exported, "--lengths", 9, "--card")
