@@ -400,24 +400,35 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **options: Any) -> N
 
 @main.command()
 @export_options
-def export(restore: str, output: Path, int8: bool, dense: bool) -> None:
-    """Write a checkpoint as ONNX. The graph takes one text at a time, and drops tokens inside.
+def export(**options: Any) -> None:
+    """Write a checkpoint as ONNX. The graph takes padded texts, and drops tokens inside.
 
     \b
     python ltp.py export --restore CKPT --output model.onnx
+    python ltp.py export --restore CKPT --output model-int8.onnx --int8 --task MRPC
 
-    Inputs are input_ids (1, tokens), token_type_ids for models with several segments, and question_length (1) where the
-    question is protected. Outputs are logits (1, labels) and kept (layers), the tokens leaving each layer. ONNX Runtime
-    runs the new file on several lengths, and its answers are compared with the model's before the file takes its
-    place. The tokenizer is in the file, too: `eval` and `predict` take it as --restore, and serving/serve.py answers
-    without PyTorch. Needs onnx and onnxscript, and onnxruntime to compare.
+    Inputs are input_ids and attention_mask (texts, tokens), token_type_ids for models with several segments, and
+    question_length (texts) where the question is protected. Outputs are logits (texts, labels) or (texts, tokens,
+    labels), and kept (texts, layers), the tokens leaving each layer. ONNX Runtime runs the new file on several lengths,
+    and its answers are compared with the model's before the file takes its place. The tokenizer is in the file, too:
+    `eval`, `predict` and `bench` take it as --restore, and serving/serve.py answers without PyTorch. Needs onnx and
+    onnxscript, and onnxruntime to compare.
 
-    --int8 rounds after the comparison. What that costs depends on the model: run `eval` with both files.
+    --int8 rounds after the comparison. What that costs depends on the model: with --task or --data the file is run
+    beside the checkpoint on the evaluation data.
     """
     from support.checkpoint import find_model
-    from tools.export import export_checkpoint
+    from tools.commands import make_source, start_alone
+    from tools.export import describe_agreement, export_checkpoint
 
-    click.echo(f"{output}: {export_checkpoint(find_model(restore), output, int8, dense)}")
+    source = make_source(options) if options["task"] or options["data"] else None
+    process = start_alone(options)
+    if process is None:
+        return
+    folder, output, dense = find_model(options["restore"]), options["output"], options["dense"]
+    click.echo(f"{output}: {export_checkpoint(folder, output, options['int8'], dense)}")
+    if source:
+        click.echo(describe_agreement(folder, output, source, process, dense))
 
 
 @main.command()

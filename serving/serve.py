@@ -29,11 +29,12 @@ import numpy as np
 import onnxruntime
 from tokenizers import Encoding, Tokenizer
 
+ROWS = 32  # texts, or windows of one, that run as one batch
 TEXTS = {"sequence": ("text", "text_pair"), "token": ("text",), "span": ("question", "context")}  # names in a record
 
 
 class Model:
-    """An exported model. It answers one record at a time."""
+    """An exported model of any kind."""
 
     def __init__(self, path: str | Path, threads: int | None = None, no_answer_threshold: float | None = None):
         """threads: of the CPU; default: one for each core.
@@ -73,10 +74,15 @@ class Model:
         texts = [record.get("text"), *([record["text_pair"]] if "text_pair" in record else [])]
         if not all(is_text(text) for text in texts):
             raise ValueError('expected "text", and "text_pair" for pairs, strings of valid characters')
-        encoding = self.encode(*texts)
-        logits, kept = self.run(encoding.ids, encoding.type_ids)
-        label = self.labels[int(logits.argmax())] if len(self.labels) > 1 else float(logits[0])
-        return {"label": label, "logits": logits.tolist(), "tokens": len(encoding), "kept": kept}
+        return self.classify_texts([texts])[0]
+
+    def classify_texts(self, texts: list[list[str]]) -> list[dict[str, Any]]:
+        """As `classify`, for texts or pairs that run as one batch."""
+        encodings = [self.encode(*both) for both in texts]
+        logits, kept = self.run([(encoding.ids, encoding.type_ids) for encoding in encodings])
+        labels = [self.labels[i] for i in logits.argmax(1)] if len(self.labels) > 1 else logits[:, 0].tolist()
+        columns = zip(labels, logits.tolist(), map(len, encodings), kept.tolist())
+        return [dict(zip(("label", "logits", "tokens", "kept"), row)) for row in columns]
 
     def tag(self, record: dict[str, Any]) -> dict[str, Any]:
         """The label of each word, None for words that were cut off, and the tokens as in `classify`."""
@@ -91,9 +97,9 @@ class Model:
         if encoding.overflowing:
             self.check_cut()
         first = first_tokens(encoding, len(words))
-        logits, kept = self.run(encoding.ids, encoding.type_ids)
-        labels = [self.labels[i] for i in logits[first].argmax(1)] + [None] * (len(words) - len(first))
-        return {"words": words, "labels": labels, "tokens": len(encoding), "kept": kept}
+        logits, kept = self.run([(encoding.ids, encoding.type_ids)])
+        labels = [self.labels[i] for i in logits[0, first].argmax(1)] + [None] * (len(words) - len(first))
+        return {"words": words, "labels": labels, "tokens": len(encoding), "kept": kept[0].tolist()}
 
     def find(self, record: dict[str, Any]) -> dict[str, Any]:
         """The span of the context that answers the question, or "". Tokens and kept are summed over the windows."""
@@ -104,14 +110,13 @@ class Model:
         owners = pair.sequence_ids  # 0 for the question, 1 for the context, None for special tokens
         offsets = [visible(context, *span) if owner == 1 else (0, 0) for owner, span in zip(owners, pair.offsets)]
         head = owners.index(1) if 1 in owners else len(owners)  # tokens before the context
-        windows, spans, no_answer, kept = self.make_windows(head, owners.count(1), len(owners)), [], math.inf, []
-        for window in windows:
-            logits, counts = self.run([pair.ids[i] for i in window], [pair.type_ids[i] for i in window], head)
-            scores = logits.astype(np.float64)
+        windows, spans, no_answer = self.make_windows(head, owners.count(1), len(owners)), [], math.inf
+        logits, kept = self.run([([pair.ids[i] for i in w], [pair.type_ids[i] for i in w]) for w in windows], head)
+        for window, row in zip(windows, logits.astype(np.float64)):
+            scores = row[: len(window)]
             spans += best_span(np.array(offsets)[window], scores, self.settings["max_answer_tokens"])
             no_answer = min(no_answer, float(scores[0].sum()))  # each window must do without an answer
-            kept.append(counts)
-        sums = {"tokens": sum(map(len, windows)), "kept": np.sum(kept, 0).tolist()}
+        sums = {"tokens": sum(map(len, windows)), "kept": kept.sum(0).tolist()}
         return self.choose(context, spans, no_answer) | {"windows": len(windows)} | sums
 
     def cut_question(self, question: str) -> str:
@@ -160,17 +165,29 @@ class Model:
         if self.settings["cut_side"] == "left":
             raise ValueError("too long: the tokenizer's truncation_side = left is not supported for this model")
 
-    def run(self, token_ids: list[int], segment_ids: list[int], question_length: int = 0) -> tuple[np.ndarray, list]:
-        """Logits, (labels,) or (n, labels), and the tokens kept in each layer. Raises: ValueError for an unknown id."""
-        highest, size = max(token_ids), self.settings["vocab_size"]
+    def run(self, rows: list[tuple[list[int], list[int]]], question_length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Runs B rows of tokens and segments, so many of them at a time as memory allows.
+
+        Returns logits, (B, labels) or (B, longest, labels), and the tokens kept (B, layers). Raises: ValueError for a
+        token that the model does not know.
+        """
+        highest, size = max(max(token_ids) for token_ids, _ in rows), self.settings["vocab_size"]
         if highest >= size:
             token = self.tokenizer.id_to_token(highest)
             raise ValueError(f"the tokenizer gives {token!r} the id {highest}, and the model's ids end at {size - 1}")
-        segment_ids = segment_ids if self.settings["reads_segments"] else [0] * len(token_ids)
-        values = {"input_ids": [token_ids], "token_type_ids": [segment_ids], "question_length": [question_length]}
-        inputs = {name: np.array(values[name], dtype=np.int64) for name in self.inputs}
-        logits, kept = self.session.run(["logits", "kept"], inputs)
-        return logits[0], kept.tolist()
+        shape = len(rows), max(len(token_ids) for token_ids, _ in rows)
+        inputs = {name: np.zeros(shape, np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+        inputs["question_length"] = np.full(len(rows), question_length)
+        for i, (token_ids, segment_ids) in enumerate(rows):
+            n = len(token_ids)
+            inputs["input_ids"][i, :n], inputs["attention_mask"][i, :n] = token_ids, 1
+            if self.settings["reads_segments"]:
+                inputs["token_type_ids"][i, :n] = segment_ids
+        answers = [
+            self.session.run(["logits", "kept"], {name: inputs[name][i : i + ROWS] for name in self.inputs})
+            for i in range(0, len(rows), ROWS)
+        ]
+        return tuple(np.concatenate(parts) for parts in zip(*answers))
 
 
 class Classifier(Model):
@@ -183,9 +200,14 @@ class Classifier(Model):
             raise ValueError(f"{path}: tags words or answers questions; use Model(path).answer(record)")
 
     def __call__(self, texts: list[str], pairs: list[str | None] | None = None) -> list[dict[str, Any]]:
-        """An answer for each text. pairs: the second text of each, None where there is none. Raises: ValueError."""
-        pairs = [None] * len(texts) if pairs is None else pairs
-        return [self.answer({"text": t} | ({} if p is None else {"text_pair": p})) for t, p in zip(texts, pairs)]
+        """An answer for each text; in batches, which are faster where texts of similar length are neighbours.
+
+        pairs: the second text of each, None where there is none. Raises: ValueError.
+        """
+        both = [[text] if pair is None else [text, pair] for text, pair in zip(texts, pairs or [None] * len(texts))]
+        if not all(is_text(text) for row in both for text in row):
+            raise ValueError("expected strings of valid characters")
+        return self.classify_texts(both) if both else []
 
 
 def is_text(value: Any) -> bool:

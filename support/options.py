@@ -421,6 +421,8 @@ export_options = table(
         "--int8", is_flag=True, help="Products in int8: a smaller file, and a faster one where the CPU has VNNI."
     ),
     dense_option,
+    data_options,
+    machine_options,
 )
 plot_options = table(
     click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=ANY_PATH),

@@ -6,16 +6,15 @@ numbers, and ONNX has no stable sort for top-k. `TracedSequences` and `RankedTop
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import tempfile
 import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -35,15 +34,21 @@ from model import (
     topk_counts,
     topk_rates,
 )
-from support.checkpoint import load_model
+from runs.checks import check_task, length_limit
+from support.checkpoint import load_config, load_model
+from support.devices import for_inference
 from support.errors import InputError
 from support.files import write_file
-from support.onnx_file import BITS, FILES, GRAPH, pack_files, padded_inputs
+from support.onnx_file import BITS, FILES, GRAPH, open_file, pack_files, padded_inputs
+from support.process import Process
 from tasks.answers import MAX_ANSWER_TOKENS
+from tasks.base import Source
 from tasks.tokenizer import Tokenizer
 from tasks.windows import window_sizes
+from train import predict_logits
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
+TINY = 1e-12  # the least scale, of a row of zeros
 OUTPUTS = ["logits", "kept"]
 
 
@@ -179,24 +184,16 @@ def export_checkpoint(folder: Path, output: Path, int8: bool = False, dense: boo
         raise InputError(f"{(folder / GRAPH).resolve()}: is exported already; export the checkpoint it was made of")
     model = load_model(folder, **{"prune_mode": None} if dense else {}).model
     tokenizer, reports = Tokenizer(folder), []
-
-    def write(path: Path) -> None:
-        if not int8:
-            reports.append(export_model(model, path, tokenizer))
-            return
-        with tempfile.TemporaryDirectory() as between:
-            reports.append(export_model(model, Path(between, GRAPH), tokenizer) + "; then rounded to int8")
-            quantize(Path(between, GRAPH), path)
-
-    write_file(output, write)
+    write_file(output, lambda path: reports.append(export_model(model, path, tokenizer, int8)))
     return reports[0]
 
 
-def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None) -> str:
+def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None, int8: bool = False) -> str:
     """Writes the model as one ONNX file and returns a line on the result.
 
     tokenizer: travels in the file's metadata, with the configuration (see support/onnx_file.py and serving/serve.py).
-    Where ONNX Runtime is installed, the file is run there and compared with the model.
+    int8: see `round_products`. Where ONNX Runtime is installed, the file is run there and compared with the model,
+    before anything is rounded.
     Raises: InputError without onnx and onnxscript, or if the graph does not compute what the model does.
     """
     try:
@@ -210,7 +207,11 @@ def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None) -
     program = trace(traceable)
     program.model.metadata_props.update(metadata_of(model.config, tokenizer))
     program.save(path, external_data=False)
-    return f"inputs {', '.join(traceable.input_names)} (texts, tokens); {compare(model, path)}"
+    report = f"inputs {', '.join(traceable.input_names)} (texts, tokens); {compare(model, path)}"
+    if int8:
+        program.model = round_products(program.model)
+        program.save(path, external_data=False)
+    return report + "; then rounded to int8" * int8
 
 
 def metadata_of(config: Config, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -249,27 +250,45 @@ def serving_settings(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     return settings | windows | {"limit": sizes.limit}
 
 
-def quantize(path: Path, output: Path) -> None:
-    """Writes a file with the weights of all linear layers in int8, a scale for each output; inputs are rounded as they
-    come. Embeddings stay in float32. Raises: InputError without onnxruntime."""
-    try:
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"--int8 needs onnxruntime, and {error.name} is not installed: pip install onnxruntime"
-        ) from None
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # it reports shapes it cannot infer
-        logging.disable(logging.WARNING)
-        try:
-            quantize_dynamic(
-                path, output, op_types_to_quantize=["Gemm", "MatMul"], per_channel=True, weight_type=QuantType.QInt8
-            )
-        finally:
-            logging.disable(logging.NOTSET)
-    program = onnx.load(output)
-    program.metadata_props.add(key=BITS, value="8")
-    onnx.save(program, output)
+def round_products(graph: Any) -> Any:
+    """Turns the products of all linear layers of an ONNX graph into products of 8-bit integers.
+
+    A weight has a scale for each output. The factor from the left has one for each token, found as it comes: a text is
+    rounded alike in any batch. (ONNX Runtime's own quantizer has one scale for all tokens of a batch.) Embeddings and
+    attention stay in float32.
+    """
+    from onnxscript import rewriter
+
+    rule = rewriter.RewriteRule(
+        linear_layer, integer_layer, lambda context, weight, **rest: weight.const_value is not None
+    )
+    graph = rewriter.rewrite(graph, [rule])
+    graph.metadata_props[BITS] = "8"
+    return graph
+
+
+def linear_layer(op: Any, x: Any, weight: Any) -> Any:
+    """x (T, C) times weight (K, C), plus a bias (K,) that is not 0: what `round_products` looks for."""
+    return op.Gemm(x, weight, transB=1, _allow_other_inputs=True, _outputs=["result"])
+
+
+def integer_layer(op: Any, x: Any, weight: Any, result: Any) -> Any:
+    """What takes its place. Integers from the left are moved by 128, since kernels multiply uint8 by int8."""
+    import onnx_ir as ir
+
+    weights = weight.const_value.numpy()
+    scales = np.maximum(np.abs(weights).max(1), TINY) / 127  # (K,)
+    integers = np.round(weights / scales[:, None]).astype(np.int8).T.copy()  # (C, K)
+    weight_scales = op.initializer(ir.tensor(scales.astype(np.float32)), name=f"{result.name}_scales")
+    weight_integers = op.initializer(ir.tensor(integers), name=f"{result.name}_integers")
+    highest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))  # (T, 1)
+    scale = op.Mul(op.Max(highest, op.Constant(value_float=TINY)), op.Constant(value_float=1 / 127))
+    moved = op.Round(op.Add(op.Div(x, scale), op.Constant(value_float=128.0)))
+    middle = op.Constant(value=ir.tensor(np.array(128, np.uint8)))
+    product = op.MatMulInteger(op.Cast(moved, to=ir.DataType.UINT8), weight_integers, middle)
+    scaled = op.Mul(op.Mul(op.Cast(product, to=ir.DataType.FLOAT), scale), weight_scales)
+    bias = result.producer().inputs[2:]
+    return op.Add(scaled, *bias) if bias else scaled
 
 
 def trace(traceable: Traceable) -> Any:
@@ -332,3 +351,37 @@ def compare(model: Model, path: Path) -> str:
             f"{len(lengths)} texts) and was not written"
         )
     return f"logits differ by at most {worst:.1e} of the largest, on {len(lengths) - ties} texts of 1 to {limit} tokens"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What rounding costs
+
+
+def describe_agreement(folder: Path, output: Path, source: Source, process: Process, dense: bool) -> str:
+    """Lines on an exported file beside its checkpoint, on the source's evaluation examples. Raises: InputError.
+
+    dense: the file does not prune.
+    """
+    config, tokenizer, task = load_config(folder), Tokenizer(folder), source.task
+    labels = check_task(folder, config, task)
+    examples = source.load("eval", tokenizer, length_limit(config, folder, None), labels=labels)[0][""]
+    models = {"checkpoint": folder, output.name: open_file(output)}
+    results, lines = [], []
+    for name, path in models.items():
+        model = for_inference(load_model(path, labels or config.labels).model, process)
+        pruner = Dense() if dense and path == folder else model.pruner()
+        logits, kept = predict_logits(model, examples, process, batch_size=32, pruner=pruner)
+        metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in task.judge(examples, logits)[0].items())
+        results.append((logits, kept))
+        lines.append(f"{name}: {metrics}")
+    (expected, expected_kept), (logits, kept) = results
+    same_kept = (kept == expected_kept).all(0).mean()
+    if task.regression:
+        answers = f"scores {np.abs(np.stack(logits) - np.stack(expected)).mean():.3f} apart on average"
+    else:
+        axis = 0 if task.head == "span" else -1  # a question is answered by a token, a token by a class
+        same = [np.array_equal(a.argmax(axis), b.argmax(axis)) for a, b in zip(logits, expected)]
+        answers = f"the same answer to {np.mean(same):.1%}"
+    return "\n".join(
+        [*lines, f"as many tokens kept in each layer of {same_kept:.1%} of {len(examples):,} texts; {answers}"]
+    )

@@ -153,3 +153,28 @@ def test_without_onnxscript_the_command_to_install_it_is_told(tmp_path, monkeypa
 def test_without_onnxruntime_nothing_is_compared(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert compare(small_model(), tmp_path / "absent.onnx").startswith("not compared with the model")
+
+
+def test_int8_rounds_each_token_alike_in_any_batch(tmp_path):
+    """The products are those of rounded factors, and a text's do not depend on its neighbours."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = a_model("token", None)
+    export_model(model, tmp_path / "m.onnx", int8=True)
+    graph = OnnxModel(model.config, tmp_path / "m.onnx", [0, 1, 2])
+    assert graph.linear_bits == 8
+    sequences = [[5], [5, 6], *random_sequences(20, seed=2)]
+    together = graph(a_batch(sequences)).logits
+    alone = torch.cat([graph(a_batch([ids])).logits for ids in sequences])
+    # A factor half-way between two steps may go to either, and takes what follows along: most answers are equal.
+    assert (together - alone).abs().median() < 1e-5
+    for layer in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+        layer.weight.copy_(round_rows(layer.weight))
+        layer.register_forward_pre_hook(lambda layer, inputs: round_rows(inputs[0]))
+    assert (together - model(a_batch(sequences)).logits).abs().median() < 1e-5
+
+
+def round_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rounds each row to 127 steps of its largest value."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale

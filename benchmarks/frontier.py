@@ -1,0 +1,261 @@
+"""The table that a sceptic asks for: LTP beside all that costs as much, with equal epochs, at the last epoch.
+
+python benchmarks/frontier.py train --task MRPC --data GLUE --restore MODEL --lr 1e-4 --seed 42 --output frontier
+
+Each seed fine-tunes a dense model first. It is where every method starts, and the teacher of all. The records of a task
+and a seed are the lines of OUTPUT/TASK-SEED.jsonl, with the answers to the evaluation examples. The same command again
+trains what the file does not hold yet.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import Examples  # noqa: E402
+from model import Alive, Decision, Dense, Model, Sequences, TopK, threshold_ladder  # noqa: E402
+from runs.budget import starting_thresholds  # noqa: E402
+from runs.checks import length_limit  # noqa: E402
+from runs.sweep import usual_settings  # noqa: E402
+from support.checkpoint import load_config, load_model, save_model  # noqa: E402
+from support.devices import for_training  # noqa: E402
+from support.process import Process, start_process  # noqa: E402
+from support.settings import Settings  # noqa: E402
+from tasks import find_task, own_task  # noqa: E402
+from tasks.base import Source, Task  # noqa: E402
+from tasks.tokenizer import Tokenizer  # noqa: E402
+from train import Trainer, evaluate, predict_logits, scale_thresholds  # noqa: E402
+
+BUDGETS = (0.5, 0.25)
+SHALLOW = {3: ((1, 2, 3), (1, 2, 6), (1, 3, 5)), 2: ((1, 2), (1, 6))}  # layers that a shallower model may consist of
+
+
+class RandomDrop(TopK):
+    """Keeps as many tokens as `TopK` with the same rates, but any of them."""
+
+    def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
+        return super().decide(l, None if scores is None else torch.rand_like(scores), alive, seqs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One seed of one task
+
+
+@dataclass
+class Bench:
+    """What all methods of a seed share."""
+
+    task: Task
+    labels: tuple[str, ...]
+    train_set: Examples
+    dev_sets: dict[str, Examples]
+    settings: Settings  # of the dense model
+    epochs: float  # of every method, all its stages together
+    dense: Path  # the fine-tuned model's folder
+    process: Process
+
+    def student(self) -> Model:
+        """The dense model, to be pruned."""
+        return load_model(self.dense, self.labels or ("score",)).model
+
+    def train(self, model: Model, stage: str, pruner: Dense | None = None, **changes: Any) -> Model:
+        """Trains a stage to its last step. pruner: in place of the stage's own. changes: of the settings."""
+        torch.manual_seed(self.settings.seed)
+        trainer = Trainer(
+            for_training(model, self.process),
+            stage,
+            self.task,
+            train_set=self.train_set,
+            settings=replace(self.settings, **changes),
+            process=self.process,
+        )
+        trainer.frozen_pruner = pruner or trainer.frozen_pruner
+        for indices in trainer.batches():
+            trainer.step(indices)
+            if trainer.completed == trainer.steps or trainer.completed % trainer.steps_per_epoch == 0:
+                trainer.meet_target()
+        return model
+
+    def judge(self, model: Model, pruner: Dense | None = None) -> dict[str, Any]:
+        """What the model does on the evaluation examples, with its answer to each."""
+        torch.manual_seed(self.settings.seed)
+        evaluation, logits = evaluate(model, self.task, self.dev_sets, self.process, pruner=pruner)
+        answers = np.stack(logits[""])
+        answers = answers[:, 0].round(4) if self.task.regression else answers.argmax(1)
+        return asdict(evaluation) | {"thresholds": model.thresholds.tolist(), "answers": answers.tolist()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The methods. Each makes a model of the dense one, and the pruner that it needs if that is not the model's own
+
+
+def learned(bench: Bench, target: float, soft_epochs: float) -> Model:
+    """LTP. With 0 epochs of `soft`, its starting thresholds stay as they are."""
+    model = prunable(bench, starting_thresholds(len(bench.student().layers), target), target)
+    if soft_epochs:
+        soft = usual_settings("soft", target, model.config)
+        bench.train(model, "soft", target_flops=target, **(soft | {"epochs": soft_epochs}))
+    return bench.train(model, "hard", target_flops=target, epochs=bench.epochs - soft_epochs)
+
+
+def manual(bench: Bench, target: float) -> Model:
+    """Fixed thresholds that grow as l / L."""
+    ladder = threshold_ladder(0.01, len(bench.student().layers))
+    return bench.train(prunable(bench, ladder, target), "manual", target_flops=target, epochs=bench.epochs)
+
+
+def prunable(bench: Bench, thresholds: Tensor, target: float) -> Model:
+    """The dense model with some thresholds, scaled to the target."""
+    model = bench.student()
+    model.thresholds.data = thresholds
+    scale_thresholds(model, bench.train_set, target, process=bench.process)
+    return model
+
+
+def shallow(bench: Bench, layers: tuple[int, ...]) -> Model:
+    """A dense model of some of the layers, counted from 1."""
+    whole = bench.student()
+    model = Model(replace(whole.config, num_hidden_layers=len(layers)))
+    model.embeddings, model.head = whole.embeddings, whole.head
+    model.layers = torch.nn.ModuleList(whole.layers[l - 1] for l in layers)
+    return bench.train(model, "finetune", epochs=bench.epochs)
+
+
+def cells(
+    bench: Bench, methods: list[str], budgets: list[float], soft_epochs: list[float], rates: Callable
+) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Model, Dense | None]]]]:
+    """What names each cell, and the function that trains it. rates: gives the rates of LTP at a budget."""
+    for target in budgets:
+        if "ltp" in methods:
+            for count in soft_epochs:
+                name = {"method": "ltp", "target": target, "soft_epochs": count}
+                yield name, lambda target=target, count=count: (learned(bench, target, count), None)
+        if "fixed" in methods:
+            yield {"method": "fixed", "target": target}, lambda target=target: (learned(bench, target, 0), None)
+        if "manual" in methods:
+            yield {"method": "manual", "target": target}, lambda target=target: (manual(bench, target), None)
+        for method, pruner in (("topk", TopK), ("random", RandomDrop)):
+            if method in methods:
+
+                def with_rates(target: float = target, pruner: type[TopK] = pruner) -> tuple[Model, Dense]:
+                    own = pruner(rates(target))
+                    return bench.train(bench.student(), "topk", own, epochs=bench.epochs), own
+
+                yield {"method": method, "target": target}, with_rates
+    if "shallow" in methods:
+        for layers in (layers for choices in SHALLOW.values() for layers in choices):
+            yield {"method": "shallow", "layers": layers}, lambda layers=layers: (shallow(bench, layers), None)
+    if "longer" in methods:
+        yield {"method": "longer"}, lambda: (bench.train(bench.student(), "finetune", epochs=bench.epochs), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples, records, the command
+
+
+def split(examples: Examples) -> tuple[Examples, Examples]:
+    """Nine tenths of the examples, and the tenth to choose on."""
+    order = np.random.default_rng(0).permutation(len(examples))
+    middle = len(examples) // 10
+    parts = (np.sort(order[middle:]), np.sort(order[:middle]))
+    return tuple(replace(examples.select(part), targets=examples.targets[part]) for part in parts)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def prepare(source: Source, options: dict[str, Any], process: Process) -> Bench:
+    """Reads the examples, and fine-tunes the dense model where an earlier call did not."""
+    restore = options["restore"]
+    config, tokenizer = load_config(restore), Tokenizer(restore)
+    limit = min(source.task.max_length, length_limit(config, restore, None))
+    train_sets, labels = source.load("train", tokenizer, limit, labels=source.task.labels)
+    train_set = train_sets[""]
+    if options["held_out"]:
+        train_set, held_out = split(train_set)
+        dev_sets = {"": held_out}
+    else:
+        dev_sets, _ = source.load("dev", tokenizer, limit, labels=labels)
+    settings = Settings(learning_rate=options["learning_rate"], seed=options["seed"])
+    name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
+    folder = options["output"] / "models" / name / "dense"
+    bench = Bench(source.task, labels, train_set, dev_sets, settings, options["epochs"], folder, process)
+    if not (folder / "model.safetensors").is_file():
+        torch.manual_seed(settings.seed)
+        model = load_model(restore, labels or ("score",), new_head=True, max_seq_length=limit).model
+        save_model(folder, bench.train(model, "finetune"))
+        for file, content in tokenizer.files.items():
+            (folder / file).write_bytes(content)
+    logits = predict_logits(bench.student(), train_set, process, batch_size=32, pruner=Dense())[0]
+    train_set.teacher = torch.from_numpy(np.stack(logits))
+    return bench
+
+
+@click.group()
+def main() -> None:
+    """Trains LTP and what it is compared with, and compares."""
+
+
+@main.command()
+@click.option("--task", help="One of GLUE's tasks; without it, the user's own data.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--restore", type=click.Path(exists=True, path_type=Path), required=True, help="The pretrained encoder.")
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--lr", "learning_rate", default=1e-4, show_default=True)
+@click.option("--epochs", default=4.0, show_default=True, help="Of every method, after the dense model's 3.")
+@click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
+@click.option("--method", "methods", multiple=True, default=["ltp", "fixed", "manual", "topk", "random", "longer"])
+@click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
+@click.option("--held-out", is_flag=True, help="Evaluate on a tenth of the training data, which is not trained on.")
+@click.option("--keep-models", is_flag=True, help="Write each model, to measure its speed.")
+@click.option("--seed", default=42, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+def train(**options: Any) -> None:
+    """Trains the methods of one task and seed, one after the other."""
+    source = Source(
+        find_task(options["task"]) if options["task"] else own_task(None, None, None, False), options["data"]
+    )
+    options["name"] = options["task"] or options["data"].name
+    process = start_process(precision="fp32", threads=options["threads"], seed=options["seed"])
+    name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
+    path = options["output"] / f"{name}.jsonl"
+    bench = prepare(source, options, process)
+
+    def add(name: dict[str, Any], model: Model, pruner: Dense | None) -> None:
+        record = name | {"epochs": bench.epochs, "lr": bench.settings.learning_rate} | bench.judge(model, pruner)
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = " ".join(f"{value:.4f}" for value in record["metrics"].values())
+        click.echo(f"{options['name']} {options['seed']} {name}: {shown} at {record['relative_flops']:.3f}")
+
+    def rates(target: float) -> list[float]:
+        """The share of the tokens that LTP keeps in each layer."""
+        found = [r for r in read_records(path) if r["method"] == "ltp" and r["target"] == target]
+        return found[-1]["kept"]
+
+    done = [record["name"] for record in read_records(path)]
+    if "dense" not in done:
+        add({"name": "dense", "method": "dense"}, bench.student(), Dense())
+    for cell, make in cells(bench, options["methods"], options["budgets"], options["soft_epochs"], rates):
+        name = "-".join(str(value) for value in cell.values())
+        if name not in done:
+            model, pruner = make()
+            add({"name": name} | cell, model, pruner)
+            if options["keep_models"]:
+                save_model(bench.dense.parent / name, model)
+
+
+if __name__ == "__main__":
+    main()
