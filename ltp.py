@@ -137,8 +137,9 @@ def target_defaults(stage: str, options: dict[str, Any]) -> dict[str, Any]:
     """The settings that --target-flops changes where the user gave none. Raises: click.UsageError if options clash."""
     if options.get("final_token_threshold") is not None:
         raise click.UsageError("--target-flops finds the height of the thresholds by itself; pass it or --threshold")
-    if options.get("token_keep_rate") is not None:
-        raise click.UsageError("--target-flops finds the keep rate by itself; pass it or --token-keep-rate")
+    for name in ("token_keep_rate", "keep_rates"):
+        if options.get(name) is not None:
+            raise click.UsageError(f"--target-flops finds the keep rate by itself; pass it or --{hyphens(name)}")
     if stage != "soft":
         return {}
     source_of = click.get_current_context().get_parameter_source

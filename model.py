@@ -100,6 +100,7 @@ class Config:
     prune_mode: str | None = None  # in inference: "absolute_threshold", "topk", or None for the dense model
     final_token_threshold: float = 0.01  # θ_final, the last layer's threshold at the start of learning
     token_keep_rate: float = 0.2  # share of the tokens that top-k keeps in the last layer; negative is steeper
+    keep_rates: list[float] | None = None  # (L,) of top-k, instead of the schedule of `topk_rates`
     score_norm: str = "max_length"  # N of the importance score: "max_length" (max_seq_length) or "length"
     max_seq_length: int = 128  # texts are cut to this many tokens
     protect_question: bool = False  # "span" heads: no token of the question is dropped
@@ -118,6 +119,11 @@ class Config:
     def max_tokens(self) -> int:
         """Longest sequence that the position table can hold."""
         return self.max_position_embeddings - self.position_offset
+
+    @property
+    def topk_rates(self) -> list[float]:
+        """Share of the original tokens that top-k keeps in each layer (L,)."""
+        return self.keep_rates or topk_rates(self.token_keep_rate, self.num_hidden_layers)
 
     @classmethod
     def json_keys(cls) -> list[str]:
@@ -747,7 +753,7 @@ class Model(nn.Module):
         if self.config.prune_mode == "absolute_threshold":
             return Hard(self.thresholds)
         if self.config.prune_mode == "topk":
-            return TopK(topk_rates(self.config.token_keep_rate, len(self.layers)))
+            return TopK(self.config.topk_rates)
         return Dense()
 
     def forward(self, batch: Batch, pruner: Dense | None = None, layout: Callable = Sequences) -> Output:

@@ -31,7 +31,18 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
         raise InputError(f"--final-token-threshold {threshold}: a score lies between 0 and 1, and so must a threshold")
     if rate is not None and not -math.inf < rate <= 1:
         raise InputError(f"--token-keep-rate {rate}: expected at most 1 (negative values prune more steeply)")
-    if changes.get("prune_mode") == "topk" and min(topk_rates(0.0, config.num_hidden_layers)) == 1:
+    rates = changes.get("keep_rates")
+    if rates and rate is not None:
+        raise InputError("--keep-rates and --token-keep-rate each say how much is kept; pass one of them")
+    if rates and len(rates) != config.num_hidden_layers:
+        raise InputError(
+            f"--keep-rates: {plural(len(rates), 'rate')}, but the model has {config.num_hidden_layers} layers"
+        )
+    if (
+        changes.get("prune_mode") == "topk"
+        and not (rates or config.keep_rates)
+        and min(topk_rates(0.0, config.num_hidden_layers)) == 1
+    ):
         raise InputError(f"topk never prunes the first layers, and this model has only {config.num_hidden_layers}")
 
 

@@ -159,6 +159,8 @@ def pruning_changes(request: StageRequest, config: Config) -> dict[str, Any]:
     prune_mode, options = PRUNE_MODES[request.stage], request.options
     if request.stage != "hard":
         chosen = {name: value for name, value in asdict(options).items() if value is not None}
+        if "token_keep_rate" in chosen or request.settings.target_flops:
+            chosen.setdefault("keep_rates", None)  # the schedule takes their place
         return chosen | {"prune_mode": prune_mode}
     # Thresholds and their scale stay as soft training left them.
     if (options.max_seq_length or config.max_seq_length) != config.max_seq_length:

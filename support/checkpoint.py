@@ -126,13 +126,18 @@ def check_sizes(raw: dict, where: str) -> None:
 
 
 def check_numbers(raw: dict, where: str) -> None:
-    """Raises InputError for a rate, threshold or epsilon that is not a number in its range."""
+    """Raises InputError for a rate, threshold or epsilon that is not a number in its range, or rates of some layers."""
     for key, (low, high) in NUMBERS.items():
         if key not in raw or key == "classifier_dropout" and raw[key] is None:
             continue
         if type(raw[key]) not in (int, float) or not low <= raw[key] <= high or abs(raw[key]) > 1e6:
             limits = "" if high == math.inf else f" of at most {high}" if low == -math.inf else f" from {low} to {high}"
             raise bad_value(raw, where, key, f"expected a number{limits}")
+
+    rates = raw.get("keep_rates")
+    shares = isinstance(rates, list) and all(type(rate) in (int, float) and 0 <= rate <= 1 for rate in rates)
+    if rates is not None and not (shares and len(rates) == raw["num_hidden_layers"]):
+        raise bad_value(raw, where, "keep_rates", "expected a number from 0 to 1 for each layer")
 
 
 def check_choices(raw: dict, where: str) -> None:

@@ -33,6 +33,21 @@ ABOVE_ZERO = click.FloatRange(0, min_open=True)
 FROM_ZERO = click.FloatRange(0)
 
 
+class Rates(click.ParamType):
+    """Numbers from 0 to 1 with commas between them."""
+
+    name = "rates"
+
+    def convert(self, value: Any, param: Any, context: Any) -> list[float]:
+        try:
+            rates = [float(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers with commas", param, context)
+        if not all(0 <= rate <= 1 for rate in rates):
+            self.fail(f"{value!r}: a rate is a share, from 0 to 1", param, context)
+        return rates
+
+
 def table(*options: Any) -> Any:
     """A decorator that gives a command these options, in this order."""
 
@@ -152,6 +167,13 @@ keep_rate_option = click.option(
     help="Share of the tokens that the last layer keeps. A negative rate falls more steeply.  [default: the "
     f"checkpoint's, else {TOKEN_KEEP_RATE}]",
 )
+keep_rates_option = click.option(
+    "--keep-rates",
+    type=Rates(),
+    metavar="R,R,…",
+    help="Share of the tokens that each layer keeps, one number a layer, instead of the schedule: to keep as many as "
+    "another model, which `eval` lists.  [default: the checkpoint's, else the schedule]",
+)
 score_norm_option = click.option(
     "--score-norm",
     type=click.Choice(["max_length", "length"]),
@@ -167,7 +189,7 @@ STAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "finetune": (),
     "soft": (threshold_option, score_norm_option, protect_option, distill_option),
     "hard": (distill_option,),
-    "topk": (keep_rate_option, protect_option, distill_option),
+    "topk": (keep_rate_option, keep_rates_option, protect_option, distill_option),
     "manual": (threshold_option, score_norm_option, protect_option, distill_option),
 }
 TARGET_SETTINGS = ", ".join(
@@ -212,7 +234,7 @@ STAGE_HELP = {
     "topk": """Baseline: keep a fixed share of each text's tokens.
 
     Each layer keeps the tokens with the highest scores (SpAtten's schedule). The first layers keep all tokens. Then the
-    share falls linearly to --token-keep-rate in the last layer.
+    share falls linearly to --token-keep-rate in the last layer. --keep-rates gives each layer a share of its own.
 
     \b
     python ltp.py topk --task MRPC --restore CKPT_of_finetune --token-keep-rate 0.2

@@ -98,6 +98,7 @@ class PruningOptions:
 
     final_token_threshold: float | None = None
     token_keep_rate: float | None = None
+    keep_rates: list[float] | None = None
     score_norm: str | None = None
     max_seq_length: int | None = None
     protect_question: bool | None = None

@@ -32,7 +32,6 @@ from model import (
     TopK,
     pack,
     topk_counts,
-    topk_rates,
 )
 from runs.checks import check_task, length_limit
 from support.checkpoint import load_config, load_model
@@ -143,7 +142,7 @@ class Traceable(nn.Module):
         if config.prune_mode == "absolute_threshold":
             return TracedHard(self.model.thresholds, self.can_drop)
         if config.prune_mode == "topk":
-            return RankedTopK(topk_rates(config.token_keep_rate, config.num_hidden_layers))
+            return RankedTopK(config.topk_rates)
         return Dense()
 
     def forward(

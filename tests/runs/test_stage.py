@@ -72,6 +72,12 @@ def test_the_baselines(source, finetuned, tmp_path):
     topk = stage(source, "topk", finetuned, tmp_path / "topk", PruningOptions(token_keep_rate=0.25))
     assert topk.best["kept"][:3] == [1, 1, 1] and topk.best["kept"][3] == pytest.approx(0.25, abs=0.02)
     assert load_config(tmp_path / "topk").prune_mode == "topk" and topk.best["thresholds"] is None
+    rates = [1.0, 0.5, 0.5, 0.1]
+    result = stage(source, "topk", finetuned, tmp_path / "rates", PruningOptions(keep_rates=rates))
+    assert result.best["kept"] == pytest.approx(rates, abs=0.03)
+    # A rate of the last layer brings the schedule back.
+    again = stage(source, "topk", tmp_path / "rates", tmp_path / "again", PruningOptions(token_keep_rate=0.25))
+    assert again.best["kept"][:3] == [1, 1, 1] and load_config(tmp_path / "again").keep_rates is None
     options = PruningOptions(final_token_threshold=0.02, score_norm="length")
     stage(source, "manual", finetuned, tmp_path / "manual", options)
     manual = load_model(tmp_path / "manual").model

@@ -270,6 +270,8 @@ def test_another_kind_of_head_is_new_where_asked_for_and_an_error_elsewhere(tmp_
         ({"score_norm": "sum"}, "score_norm"),
         ({"protect_question": 1}, "protect_question"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob = 1.5: expected a number from 0 to 1"),
+        ({"keep_rates": [1.0, 0.5]}, r"keep_rates = \[1.0, 0.5\]: expected a number from 0 to 1 for each layer"),
+        ({"keep_rates": [2.0] * 5}, "for each layer"),
         ({"token_keep_rate": 2}, "token_keep_rate = 2: expected a number of at most 1"),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
         ({"id2label": {}}, "id2label"),
