@@ -130,11 +130,12 @@ def our_runs(
     return runs, reached, models
 
 
-def add_exported(runs: dict[str, Run], models: dict[str, Model], folder: Path) -> None:
-    """Adds our exported graphs in ONNX Runtime to `runs`, in float32 and with products in int8."""
+def add_exported(runs: dict[str, Run], models: dict[str, Model], folder: Path) -> dict[str, int]:
+    """Adds our exported graphs in ONNX Runtime to `runs`, in float32 and in int8. Returns the sizes of their files."""
     from support.onnx_file import OnnxModel
     from tools.export import export_model
 
+    sizes = {}
     for i, (name, model) in enumerate(models.items()):
         copy = Model(model.config).eval()
         copy.load_state_dict(model.state_dict())
@@ -143,6 +144,8 @@ def add_exported(runs: dict[str, Run], models: dict[str, Model], folder: Path) -
             export_model(copy, path, int8=int8)
             graph = OnnxModel(model.config, path, list(range(len(model.config.labels))))
             runs[f"{name}, {ending}"] = lambda batch, graph=graph: graph(batch).logits
+            sizes[f"{name}, {ending}"] = path.stat().st_size
+    return sizes
 
 
 def other_libraries(folder: Path, compile: bool) -> dict[str, tuple[Callable, int | None]]:
@@ -265,7 +268,11 @@ def time_in_turn(
 
 
 def table_rows(
-    seconds: dict[str, float], reached: dict[str, Reduction], memory: dict[str, int | None], examples: int
+    seconds: dict[str, float],
+    reached: dict[str, Reduction],
+    memory: dict[str, int | None],
+    file_bytes: dict[str, int],
+    examples: int,
 ) -> list[dict[str, Any]]:
     """A record for each run."""
     rows, dense = [], seconds[DENSE]
@@ -275,6 +282,7 @@ def table_rows(
             "examples_per_second": examples / value,
             "time_over_ours_dense": value / dense,
             "peak_memory_bytes": memory[name],
+            "file_bytes": file_bytes.get(name),
         }
         if name in reached:
             by_formula, done = reached[name]
@@ -289,21 +297,32 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     widths = (11, 13, 8, 11, 10, 11)
     click.echo(" " * 36 + "".join(f"{title:>{width}}" for title, width in zip(titles, widths)))
     for row in rows:
-        tail = "".join(f"{value:{width}.2f}" for value, width in zip(list(row.values())[4:], widths[2:]))
+        tail = "".join(f"{value:{width}.2f}" for value, width in zip(list(row.values())[5:], widths[2:]))
         click.echo(f"{row['name']:36}{row['examples_per_second']:11.1f}{row['time_over_ours_dense']:12.2f}x{tail}")
-    click.echo("\nmemory at the peak of a batch, MB:")
+    click.echo("\nmemory at the peak of a batch, and size of an exported file, MB:")
     for row in rows:
-        used = row["peak_memory_bytes"]
-        click.echo(f"{row['name']:36}{'?' if used is None else round(used / 1e6):>11}")
+        used, size = row["peak_memory_bytes"], row["file_bytes"]
+        size = "" if size is None else round(size / 1e6)
+        click.echo(f"{row['name']:36}{'?' if used is None else round(used / 1e6):>11}{size:>13}")
 
 
-def make_conditions(options: dict[str, Any], config: Config, lengths: Tensor, product: float) -> dict[str, Any]:
+def print_result(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> None:
+    """The table of one batch size, and what was measured."""
+    print_rows(rows)
+    shares = [f"{value:.2f}" for name, value in conditions.items() if "rate" in name]
+    click.echo(f"\nour dense run reaches {shares[0]} of one large product's rate by the formula, {shares[1]} computed")
+    click.echo(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in conditions.items() if "rate" not in k) + "\n")
+
+
+def make_conditions(
+    options: dict[str, Any], batch_size: int, config: Config, lengths: Tensor, product: float
+) -> dict[str, Any]:
     """What was measured and how. product: the rate that the dense run reaches by the formula, over one product's."""
     every_layer = lengths.expand(config.num_hidden_layers, -1)
     done = done_macs(config, lengths, every_layer) / float(macs(config, lengths, every_layer).sum())
     return {
         "size": options["size"],
-        "batch_size": options["batch_size"],
+        "batch_size": batch_size,
         "examples": options["examples"],
         "mean_length": float(lengths.double().mean()),
         "repeats": options["repeats"],
@@ -312,6 +331,7 @@ def make_conditions(options: dict[str, Any], config: Config, lengths: Tensor, pr
         "dtype": "float32",
         "torch": torch.__version__,
         "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "order": "by length" if options["by_length"] else "as drawn",
         "dense_rate_over_one_product": product,
         "computed_rate_over_one_product": product * done,
@@ -320,7 +340,7 @@ def make_conditions(options: dict[str, Any], config: Config, lengths: Tensor, pr
 
 @click.command()
 @click.option("--size", type=click.Choice(list(SIZES)), default="base", show_default=True)
-@click.option("--batch-size", default=32, show_default=True)
+@click.option("--batch-size", "batch_sizes", default=[32], multiple=True, show_default=True)
 @click.option("--examples", default=64, show_default=True)
 @click.option("--length", type=int, help="All sequences of this length instead of MRPC-like lengths.")
 @click.option("--sorted", "by_length", is_flag=True, help="Batches of similar length instead of as the data comes.")
@@ -339,7 +359,7 @@ def make_conditions(options: dict[str, Any], config: Config, lengths: Tensor, pr
 @torch.inference_mode()
 def main(**options: Any) -> None:
     """Times a dense RoBERTa and its pruned versions against other libraries, in turn, medians after a warm-up."""
-    seed, size, examples = options["seed"], options["batch_size"], options["examples"]
+    seed, examples = options["seed"], options["examples"]
     torch.manual_seed(seed)
     keep_freed_memory()
     config = Config(1000, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **SIZES[options["size"]])
@@ -349,27 +369,30 @@ def main(**options: Any) -> None:
     lengths = sorted(lengths) if options["by_length"] else lengths
     generator = np.random.default_rng(seed)
     sequences = [generator.integers(3, 1000, n).tolist() for n in lengths]
-    batches = [pack(sequences[i : i + size]) for i in range(0, examples, size)]
-    runs, reached, models = our_runs(model, batches, [float(word) for word in options["reductions"].split(",")])
+    parts = {size: [pack(sequences[i : i + size]) for i in range(0, examples, size)] for size in options["batch_sizes"]}
+    largest = parts[max(parts)]
+    runs, reached, models = our_runs(model, largest, [float(word) for word in options["reductions"].split(",")])
+    results, file_bytes = [], {}
     with tempfile.TemporaryDirectory() as folder:
         if options["others"]:
             save_model(folder, model)
-            add_others(runs, Path(folder), batches, options["compile"])
+            add_others(
+                runs, Path(folder), [batch for batches in parts.values() for batch in batches], options["compile"]
+            )
         if options["exported"]:
-            add_exported(runs, models, Path(folder))
-        rate = product_rate(int(batches[len(batches) // 2].lengths.sum()), config)
-        seconds, product = time_in_turn(runs, batches, rate, options["repeats"], generator)
-        memory = {name: peak_memory(lambda run=run: run(batches[-1])) for name, run in runs.items()}
-    rows = table_rows(seconds, reached, memory, examples)
-    print_rows(rows)
-    every = torch.tensor(lengths)
-    flops = 2 * float(macs(config, every, every.expand(config.num_hidden_layers, -1)).sum())
-    conditions = make_conditions(options, config, every, flops / seconds[DENSE] / product)
-    shares = [f"{value:.2f}" for name, value in conditions.items() if "rate" in name]
-    click.echo(f"\nour dense run reaches {shares[0]} of one large product's rate by the formula, {shares[1]} computed")
-    click.echo(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in conditions.items() if "rate" not in k))
+            file_bytes = add_exported(runs, models, Path(folder))
+        every = torch.tensor(lengths)
+        flops = 2 * float(macs(config, every, every.expand(config.num_hidden_layers, -1)).sum())
+        for size, batches in parts.items():
+            rate = product_rate(int(batches[len(batches) // 2].lengths.sum()), config)
+            seconds, product = time_in_turn(runs, batches, rate, options["repeats"], generator)
+            memory = {name: peak_memory(lambda run=run: run(batches[-1])) for name, run in runs.items()}
+            rows = table_rows(seconds, reached, memory, file_bytes, examples)
+            conditions = make_conditions(options, size, config, every, flops / seconds[DENSE] / product)
+            print_result(rows, conditions)
+            results.append({"rows": rows, "conditions": conditions})
     if options["json_file"]:
-        write_json(options["json_file"], {"rows": rows, "conditions": conditions})
+        write_json(options["json_file"], results)
 
 
 if __name__ == "__main__":

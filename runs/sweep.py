@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model import Config
+from runs.bootstrap import paired_difference
 from runs.budget import lowest_rate, protected_tokens, topk_flops
 from runs.checks import check_pruning, known_labels, length_limit
 from runs.stage import EvaluationOptions, Progress, Show, StageRequest, evaluate_checkpoint, run_stage
@@ -22,6 +24,7 @@ from support.files import write_json, write_text
 from support.process import Process, usual_precision
 from support.settings import STAGES, PruningOptions, Settings, flag, soft_target
 from tasks.base import Source
+from tasks.classification import evaluate_predictions
 from tasks.tokenizer import Tokenizer
 
 # How each method is trained, from the fine-tuned dense model.
@@ -109,7 +112,9 @@ def run_sweep(
     config = replace(config, max_seq_length=request.max_seq_length or config.max_seq_length)
     lowest = lowest_topk_budget(request, config, show)
     options = EvaluationOptions(max_length=request.max_seq_length)
-    dense = evaluate_checkpoint(request.restore, request.source, process, options=replace(options, dense=True))[0]
+    dense_options = replace(options, dense=True)
+    dense, sets, logits = evaluate_checkpoint(request.restore, request.source, process, options=dense_options)
+    answers = {"dense": logits[""]}
     rows["dense"] = {"name": "dense", "method": "dense"} | conditions | asdict(dense)
     cells = grid_cells(request.methods, request.grid, lowest, distilled=request.distill is not None)
     for number, cell in enumerate(cells, 1):
@@ -118,9 +123,11 @@ def run_sweep(
         row = {"name": cell.name, "method": cell.method, "folder": str(stages[-1].output), **dict(cell.point)}
         row |= {"distilled": cell.distilled} | train_cell(stages, config, process, show=show, progress=progress)
         # Evaluated again, so that all rows are computed alike, also those of cells that an earlier call trained.
-        row |= asdict(evaluate_checkpoint(stages[-1].output, request.source, process, options=options)[0])
-        rows[cell.name] = row
+        evaluation, _, logits = evaluate_checkpoint(stages[-1].output, request.source, process, options=options)
+        rows[cell.name], answers[cell.name] = row | asdict(evaluation), logits[""]
         write_results(results, rows, process)
+    if process.main and request.source.task.head == "sequence":
+        add_differences(rows, cells, answers, request.source.task.metric, sets[""].targets)
     if measure and process.world > 1:
         show("note: speed is measured in one process; the same command without torchrun measures it")
     elif measure:
@@ -168,6 +175,35 @@ def lowest_topk_budget(request: SweepRequest, config: Config, show: Show) -> flo
     if min(request.grid["target_flops"]) < lowest:
         show(f"note: top-k does not prune the first layers and cannot go below {lowest}: it gets that budget instead")
     return lowest
+
+
+def add_differences(
+    rows: dict[str, dict[str, Any]],
+    cells: list[Cell],
+    answers: dict[str, list[np.ndarray]],
+    metric: str,
+    targets: np.ndarray,
+) -> None:
+    """Adds to each cell's record how far the first metric is from the dense model's, with a 95% interval.
+
+    Cells that differ in their seed alone share one difference, of their mean. answers: logits by the cell's name.
+    metric: the task's kind of metrics.
+    """
+    groups: dict[Cell, list[str]] = {}
+    for cell in cells:
+        point = tuple((name, value) for name, value in cell.point if name != "seed")
+        groups.setdefault(replace(cell, point=point), []).append(cell.name)
+    first = next(iter(rows["dense"]["metrics"]))
+
+    def score(logits: np.ndarray, examples: np.ndarray) -> float:
+        return evaluate_predictions(metric, logits, targets[examples])[0][first]
+
+    dense = np.stack(answers["dense"])
+    for names in groups.values():
+        pruned = [np.stack(answers[name]) for name in names]
+        difference = paired_difference(score, pruned, [dense] * len(pruned))
+        for name in names:
+            rows[name]["difference"] = {"metric": first, "seeds": len(names)} | difference._asdict()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

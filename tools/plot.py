@@ -361,14 +361,14 @@ def draw_bops(panel: Any, records: list[dict[str, Any]]) -> None:
 METHOD_NAMES = {"ltp": "LTP", "manual": "manual thresholds", "topk": "top-k"}
 # A line of the frontier stands for one way of training. The settings that may differ between lines, and their signs.
 LINE_SETTINGS = {"temperature": "τ", "threshold_learning_rate": "rate of θ", "learning_rate": "rate"}
-Points = list[tuple[float, float]]  # relative FLOPs and metric
+Points = list[tuple[float, float, float, float]]  # see `frontier_lines`
 
 
 def plot_frontier(runs: list[Run]) -> Any:
     """Results of `sweep`, a panel each: the task's first metric against relative FLOPs.
 
     Each way of training has a line through its means over seeds, and small marks for single runs. The dense model's
-    value runs across; an accuracy has its standard error as a band.
+    value runs across; an accuracy has its standard error as a band. Bars are 95% intervals of the differences from it.
     """
     check_runs(runs, lambda run: run.cells and run.cells[0]["method"] == "dense", "results of `sweep`")
     figure, panels = new_figure(1, len(runs), 6.4 if len(runs) == 1 else 4.4)
@@ -390,11 +390,14 @@ def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dic
     for label, groups in frontier_lines(cells[1:], metric).items():
         style = styles.setdefault(label, line_style(len(styles)))
         means = sorted(tuple(np.mean(points, 0)) for points in groups)
-        panel.plot(*zip(*((x, max(y, floor)) for x, y in means)), label=label, markersize=7, **style)
-        for x, y in means:
+        for x, _, low, high in means:
+            if top + high > floor:  # never for nan
+                panel.vlines(x, max(top + low, floor), top + high, color=style["color"], linewidth=1, alpha=0.5)
+        panel.plot(*zip(*((x, max(y, floor)) for x, y, *_ in means)), label=label, markersize=7, **style)
+        for x, y, *_ in means:
             if y < floor:
                 panel.annotate(f"{y:.2f} ↓", (x, floor), (9, -3), textcoords="offset points", size="small")
-        single = [point for points in groups if len(points) > 1 for point in points]
+        single = [point[:2] for points in groups if len(points) > 1 for point in points]
         if single:
             panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **style)
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
@@ -402,7 +405,10 @@ def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dic
 
 
 def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[Points]]:
-    """A line for each way of training, by its label: of each of its budgets (or λ), the points of all seeds."""
+    """A line for each way of training, by its label: of each of its budgets (or λ), the points of all seeds.
+
+    A point is (relative FLOPs, metric, low, high), the last two of the budget's difference from the dense model.
+    """
     cells = sorted(cells, key=lambda cell: [*METHOD_NAMES].index(cell["method"]))
     mixed = len({cell["distilled"] for cell in cells}) > 1
     lines: dict[str, dict[Any, Points]] = {}
@@ -413,7 +419,9 @@ def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[P
             label += f", {sign} {cell[name]:g}" if len(values) > 1 and name in cell else ""
         budget = cell.get("target_flops"), cell.get("regularization")
         points = lines.setdefault(label, {}).setdefault(budget, [])
-        points.append((cell["relative_flops"], cell["metrics"][metric]))
+        difference = cell.get("difference", {})
+        interval = (difference.get(end, math.nan) for end in ("low", "high"))
+        points.append((cell["relative_flops"], cell["metrics"][metric], *interval))
     return {label: list(groups.values()) for label, groups in lines.items()}
 
 

@@ -68,6 +68,11 @@ def test_a_sweep_measures_each_model_once(source, dense, tmp_path):
     assert measured == [tmp_path / name / "manual" for name in names]
     assert all(row["speedup"] == {"1": 1.5, "32": 2.0} for row in rows[1:]) and "speedup" not in rows[0]
     assert read_results(tmp_path / "results.jsonl") == json.loads(json.dumps(rows))
+    difference = rows[1]["difference"]  # of the mean of both seeds from the dense model
+    accuracies = [row["metrics"]["accuracy"] for row in rows]
+    assert difference["mean"] == pytest.approx(sum(accuracies[1:]) / 2 - accuracies[0])
+    assert difference["low"] <= difference["mean"] <= difference["high"] and "difference" not in rows[0]
+    assert rows[2]["difference"] == difference and difference["metric"] == "accuracy" and difference["seeds"] == 2
     assert list(rows[1])[:6] == ["name", "method", "folder", "learning_rate", "seed", "distilled"]
     run_sweep(request, measure=measure)
     assert len(measured) == 2

@@ -191,6 +191,15 @@ def test_what_lies_far_below_does_not_stretch_the_frontier():
     assert (band.y0, band.y1) == pytest.approx((0.76, 0.84))  # one standard error of 100 examples
 
 
+def test_bars_are_the_intervals_of_the_differences_from_the_dense_model():
+    cells = [cell("dense", 1.0, 0.8), cell("ltp", 0.5, 0.79), cell("manual", 0.5, 0.78), cell("topk", 0.6, 0.1)]
+    cells[1]["difference"] = {"low": -0.03, "high": 0.01}
+    cells[3]["difference"] = {"low": -0.8, "high": -0.6}  # all of it far below
+    panel = plot_frontier([Run("task", [], None, cells=cells)]).axes[0]
+    (bar,) = [c for c in panel.collections if len(c.get_segments())]
+    assert bar.get_segments()[0].tolist() == [[0.5, pytest.approx(0.77)], [0.5, pytest.approx(0.81)]]
+
+
 def test_seeds_are_averaged_and_other_settings_make_lines_of_their_own():
     cells = [cell("dense", 1.0, 0.8)]
     cells += [cell("ltp", 0.5, accuracy, seed=seed, temperature=1e-3) for seed, accuracy in ((1, 0.7), (2, 0.72))]
