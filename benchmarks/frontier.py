@@ -1,10 +1,11 @@
 """The table that a sceptic asks for: LTP beside all that costs as much, with equal epochs, at the last epoch.
 
 python benchmarks/frontier.py train --task MRPC --data GLUE --restore MODEL --lr 1e-4 --seed 42 --output frontier
+python benchmarks/frontier.py compare --task MRPC --data GLUE --restore MODEL frontier/MRPC-*.jsonl
 
 Each seed fine-tunes a dense model first. It is where every method starts, and the teacher of all. The records of a task
 and a seed are the lines of OUTPUT/TASK-SEED.jsonl, with the answers to the evaluation examples. The same command again
-trains what the file does not hold yet.
+trains what the file does not hold yet. `compare` takes means over the files' seeds, and intervals of differences.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Examples  # noqa: E402
 from model import Alive, Decision, Dense, Model, Sequences, TopK, threshold_ladder  # noqa: E402
+from runs.bootstrap import paired_difference  # noqa: E402
 from runs.budget import starting_thresholds  # noqa: E402
 from runs.checks import length_limit  # noqa: E402
 from runs.sweep import usual_settings  # noqa: E402
@@ -34,6 +36,7 @@ from support.process import Process, start_process  # noqa: E402
 from support.settings import Settings  # noqa: E402
 from tasks import find_task, own_task  # noqa: E402
 from tasks.base import Source, Task  # noqa: E402
+from tasks.classification import evaluate_predictions  # noqa: E402
 from tasks.tokenizer import Tokenizer  # noqa: E402
 from train import Trainer, evaluate, predict_logits, scale_thresholds  # noqa: E402
 
@@ -123,6 +126,19 @@ def prunable(bench: Bench, thresholds: Tensor, target: float) -> Model:
     return model
 
 
+def by_rates(bench: Bench, rates: list[float]) -> Model:
+    """Top-k with a rate a layer."""
+    model = bench.student()
+    model.config = replace(model.config, keep_rates=rates)
+    return bench.train(model, "topk", epochs=bench.epochs)
+
+
+def at_random(bench: Bench, rates: list[float]) -> tuple[Model, Dense]:
+    """As many tokens as top-k keeps, but any of them."""
+    pruner = RandomDrop(rates)
+    return bench.train(bench.student(), "topk", pruner, epochs=bench.epochs), pruner
+
+
 def shallow(bench: Bench, layers: tuple[int, ...]) -> Model:
     """A dense model of some of the layers, counted from 1."""
     whole = bench.student()
@@ -145,17 +161,14 @@ def cells(
             yield {"method": "fixed", "target": target}, lambda target=target: (learned(bench, target, 0), None)
         if "manual" in methods:
             yield {"method": "manual", "target": target}, lambda target=target: (manual(bench, target), None)
-        for method, pruner in (("topk", TopK), ("random", RandomDrop)):
-            if method in methods:
-
-                def with_rates(target: float = target, pruner: type[TopK] = pruner) -> tuple[Model, Dense]:
-                    own = pruner(rates(target))
-                    return bench.train(bench.student(), "topk", own, epochs=bench.epochs), own
-
-                yield {"method": method, "target": target}, with_rates
+        if "topk" in methods:
+            yield {"method": "topk", "target": target}, lambda target=target: (by_rates(bench, rates(target)), None)
+        if "random" in methods:
+            yield {"method": "random", "target": target}, lambda target=target: at_random(bench, rates(target))
     if "shallow" in methods:
         for layers in (layers for choices in SHALLOW.values() for layers in choices):
-            yield {"method": "shallow", "layers": layers}, lambda layers=layers: (shallow(bench, layers), None)
+            name = {"method": "shallow", "layers": "+".join(map(str, layers))}
+            yield name, lambda layers=layers: (shallow(bench, layers), None)
     if "longer" in methods:
         yield {"method": "longer"}, lambda: (bench.train(bench.student(), "finetune", epochs=bench.epochs), None)
 
@@ -172,6 +185,19 @@ def split(examples: Examples) -> tuple[Examples, Examples]:
     return tuple(replace(examples.select(part), targets=examples.targets[part]) for part in parts)
 
 
+def load_sets(
+    source: Source, restore: Path, held_out: bool
+) -> tuple[tuple[str, ...], Examples, dict[str, Examples], int]:
+    """The labels, the training set, the evaluation sets, and the tokens that texts are cut to."""
+    tokenizer = Tokenizer(restore)
+    limit = min(source.task.max_length, length_limit(load_config(restore), restore, None))
+    train_sets, labels = source.load("train", tokenizer, limit, labels=source.task.labels)
+    if held_out:
+        train_set, dev_set = split(train_sets[""])
+        return labels, train_set, {"": dev_set}, limit
+    return labels, train_sets[""], source.load("dev", tokenizer, limit, labels=labels)[0], limit
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -179,15 +205,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def prepare(source: Source, options: dict[str, Any], process: Process) -> Bench:
     """Reads the examples, and fine-tunes the dense model where an earlier call did not."""
     restore = options["restore"]
-    config, tokenizer = load_config(restore), Tokenizer(restore)
-    limit = min(source.task.max_length, length_limit(config, restore, None))
-    train_sets, labels = source.load("train", tokenizer, limit, labels=source.task.labels)
-    train_set = train_sets[""]
-    if options["held_out"]:
-        train_set, held_out = split(train_set)
-        dev_sets = {"": held_out}
-    else:
-        dev_sets, _ = source.load("dev", tokenizer, limit, labels=labels)
+    labels, train_set, dev_sets, limit = load_sets(source, restore, options["held_out"])
     settings = Settings(learning_rate=options["learning_rate"], seed=options["seed"])
     name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
     folder = options["output"] / "models" / name / "dense"
@@ -196,7 +214,7 @@ def prepare(source: Source, options: dict[str, Any], process: Process) -> Bench:
         torch.manual_seed(settings.seed)
         model = load_model(restore, labels or ("score",), new_head=True, max_seq_length=limit).model
         save_model(folder, bench.train(model, "finetune"))
-        for file, content in tokenizer.files.items():
+        for file, content in Tokenizer(restore).files.items():
             (folder / file).write_bytes(content)
     logits = predict_logits(bench.student(), train_set, process, batch_size=32, pruner=Dense())[0]
     train_set.teacher = torch.from_numpy(np.stack(logits))
@@ -208,25 +226,38 @@ def main() -> None:
     """Trains LTP and what it is compared with, and compares."""
 
 
+def data_options(command: Any) -> Any:
+    """What both commands read."""
+    held_out = "Evaluate on a tenth of the training data, which is not trained on."
+    existing = click.Path(exists=True, path_type=Path)
+    for option in (
+        click.option("--held-out", is_flag=True, help=held_out),
+        click.option("--restore", type=existing, required=True, help="The pretrained encoder."),
+        click.option("--data", type=existing, required=True),
+        click.option("--task", help="One of GLUE's tasks; without it, the user's own data."),
+    ):
+        command = option(command)
+    return command
+
+
+def find_source(task: str | None, data: Path) -> Source:
+    return Source(find_task(task) if task else own_task(None, None, None, regression=False), data)
+
+
 @main.command()
-@click.option("--task", help="One of GLUE's tasks; without it, the user's own data.")
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--restore", type=click.Path(exists=True, path_type=Path), required=True, help="The pretrained encoder.")
+@data_options
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--lr", "learning_rate", default=1e-4, show_default=True)
 @click.option("--epochs", default=4.0, show_default=True, help="Of every method, after the dense model's 3.")
 @click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
 @click.option("--method", "methods", multiple=True, default=["ltp", "fixed", "manual", "topk", "random", "longer"])
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
-@click.option("--held-out", is_flag=True, help="Evaluate on a tenth of the training data, which is not trained on.")
 @click.option("--keep-models", is_flag=True, help="Write each model, to measure its speed.")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 def train(**options: Any) -> None:
     """Trains the methods of one task and seed, one after the other."""
-    source = Source(
-        find_task(options["task"]) if options["task"] else own_task(None, None, None, False), options["data"]
-    )
+    source = find_source(options["task"], options["data"])
     options["name"] = options["task"] or options["data"].name
     process = start_process(precision="fp32", threads=options["threads"], seed=options["seed"])
     name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
@@ -234,7 +265,9 @@ def train(**options: Any) -> None:
     bench = prepare(source, options, process)
 
     def add(name: dict[str, Any], model: Model, pruner: Dense | None) -> None:
+        layers = len(model.layers) / load_config(options["restore"]).num_hidden_layers  # of a shallower model
         record = name | {"epochs": bench.epochs, "lr": bench.settings.learning_rate} | bench.judge(model, pruner)
+        record |= {key: layers * record[key] for key in ("relative_flops", "relative_bops")}
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = " ".join(f"{value:.4f}" for value in record["metrics"].values())
@@ -255,6 +288,40 @@ def train(**options: Any) -> None:
             add({"name": name} | cell, model, pruner)
             if options["keep_models"]:
                 save_model(bench.dense.parent / name, model)
+
+
+@main.command()
+@data_options
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: tuple[Path, ...]) -> None:
+    """Prints each cell's mean over seeds, and how far it is from dense and from LTP at its budget."""
+    source = find_source(task, data)
+    targets = load_sets(source, restore, held_out)[2][""].targets
+    seeds = [{record["name"]: record for record in read_records(file)} for file in files]
+    names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
+    ltp = {seeds[0][name]["target"]: name for name in names if seeds[0][name]["method"] == "ltp"}
+
+    def score(answers: np.ndarray, rows: np.ndarray) -> float:
+        logits = answers[:, None] if source.task.regression else np.eye(len(set(targets)))[answers]
+        return 100 * evaluate_predictions(source.task.metric, logits, targets[rows])[1]
+
+    def difference(first: str, second: str) -> str:
+        if first == second:
+            return ""
+        both = ([np.array(seed[name]["answers"]) for seed in seeds] for name in (first, second))
+        mean, low, high = paired_difference(score, *both, samples=500)
+        return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+    click.echo(f"{source.task.title}, {len(files)} seeds, {len(targets):,} examples\n")
+    click.echo(f"| | {', '.join(seeds[0]['dense']['metrics'])} | relative FLOPs | less dense | less LTP |")
+    click.echo("|---|---|---|---|---|")
+    for name in names:
+        cells = [seed[name] for seed in seeds]
+        metrics = " / ".join(f"{100 * np.mean([c['metrics'][m] for c in cells]):.1f}" for m in cells[0]["metrics"])
+        flops = np.mean([cell["relative_flops"] for cell in cells])
+        rival = ltp.get(cells[0].get("target"))
+        row = (name, metrics, f"{flops:.3f}", difference(name, "dense"), difference(name, rival) if rival else "")
+        click.echo(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":
