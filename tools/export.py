@@ -68,8 +68,8 @@ class TracedSequences(Sequences):
         column = torch.arange(longest)
         source = (self.starts[:, None] + column).clamp(max=self.num_tokens - 1).flatten()
         alive = column < self.lengths[:, None]
-        bias = torch.zeros_like(alive, dtype=torch.float32).masked_fill(~alive, -math.inf)[:, None, None]
-        cells = self.ids * longest + self.positions
+        bias = torch.where(alive, 0.0, -math.inf)[:, None, None]
+        cells = nonzero(alive.flatten())
         return [Grid(slice(0, rows), self.num_tokens, source, cells, alive, bias, query_rows=None)]
 
     def lay(self, x: Tensor) -> list[Tensor]:
@@ -278,14 +278,13 @@ def integer_layer(op: Any, x: Any, weight: Any, result: Any) -> Any:
     weights = weight.const_value.numpy()
     scales = np.maximum(np.abs(weights).max(1), TINY) / 127  # (K,)
     integers = np.round(weights / scales[:, None]).astype(np.int8).T.copy()  # (C, K)
-    weight_scales = op.initializer(ir.tensor(scales.astype(np.float32)), name=f"{result.name}_scales")
+    weight_scales = op.initializer(ir.tensor((scales / 127).astype(np.float32)), name=f"{result.name}_scales")
     weight_integers = op.initializer(ir.tensor(integers), name=f"{result.name}_integers")
-    highest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))  # (T, 1)
-    scale = op.Mul(op.Max(highest, op.Constant(value_float=TINY)), op.Constant(value_float=1 / 127))
-    moved = op.Round(op.Add(op.Div(x, scale), op.Constant(value_float=128.0)))
+    highest = op.Max(op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1])), op.Constant(value_float=TINY))  # (T, 1)
     middle = op.Constant(value=ir.tensor(np.array(128, np.uint8)))
-    product = op.MatMulInteger(op.Cast(moved, to=ir.DataType.UINT8), weight_integers, middle)
-    scaled = op.Mul(op.Mul(op.Cast(product, to=ir.DataType.FLOAT), scale), weight_scales)
+    moved = op.QuantizeLinear(op.Div(x, highest), op.Constant(value_float=1 / 127), middle)
+    product = op.MatMulInteger(moved, weight_integers, middle)
+    scaled = op.Mul(op.Mul(op.Cast(product, to=ir.DataType.FLOAT), highest), weight_scales)
     bias = result.producer().inputs[2:]
     return op.Add(scaled, *bias) if bias else scaled
 
