@@ -47,7 +47,6 @@ from tasks.windows import window_sizes
 from train import predict_logits
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
-TINY = 1e-12  # the least scale, of a row of zeros
 OUTPUTS = ["logits", "kept"]
 
 
@@ -276,11 +275,12 @@ def integer_layer(op: Any, x: Any, weight: Any, result: Any) -> Any:
     import onnx_ir as ir
 
     weights = weight.const_value.numpy()
-    scales = np.maximum(np.abs(weights).max(1), TINY) / 127  # (K,)
+    scales = np.maximum(np.abs(weights).max(1), 1e-12) / 127  # (K,) more than 0
     integers = np.round(weights / scales[:, None]).astype(np.int8).T.copy()  # (C, K)
     weight_scales = op.initializer(ir.tensor((scales / 127).astype(np.float32)), name=f"{result.name}_scales")
     weight_integers = op.initializer(ir.tensor(integers), name=f"{result.name}_integers")
-    highest = op.Max(op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1])), op.Constant(value_float=TINY))  # (T, 1)
+    # (T, 1). For a row of zeros, 0 / 0 becomes some integer, and a product of it is multiplied by 0 again.
+    highest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]))
     middle = op.Constant(value=ir.tensor(np.array(128, np.uint8)))
     moved = op.QuantizeLinear(op.Div(x, highest), op.Constant(value_float=1 / 127), middle)
     product = op.MatMulInteger(moved, weight_integers, middle)

@@ -173,6 +173,18 @@ def test_int8_rounds_each_token_alike_in_any_batch(tmp_path):
     assert (together - model(a_batch(sequences)).logits).abs().median() < 1e-5
 
 
+def test_int8_leaves_rows_of_zeros_alone(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = a_model("token", None)
+    model.layers[0].output_norm.weight.zero_(), model.layers[0].output_norm.bias.zero_()
+    model.layers[2].intermediate.weight.zero_(), model.layers[2].intermediate.bias.zero_()
+    export_model(model, tmp_path / "m.onnx", int8=True)
+    batch = a_batch([[5, 6, 7], [8]])
+    answers = OnnxModel(model.config, tmp_path / "m.onnx", [0, 1, 2])(batch)
+    torch.testing.assert_close(answers.logits, model(batch).logits, atol=0.1, rtol=0)
+
+
 def round_rows(x: torch.Tensor) -> torch.Tensor:
     """Rounds each row to 127 steps of its largest value."""
     scale = x.abs().amax(-1, keepdim=True) / 127
