@@ -26,6 +26,7 @@ START = ("event", "stage", "task", "data", "dev_data", "restore", "distill", "co
 START += (
     "final_token_threshold",
     "token_keep_rate",
+    "keep_rates",
     "score_norm",
     "max_seq_length",
     "protect_question",
