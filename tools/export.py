@@ -203,6 +203,8 @@ def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None, i
     model.requires_grad_(False).eval()
     traceable = Traceable(model).eval()
     program = trace(traceable)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where each one comes from in the source, with this machine's paths
     program.model.metadata_props.update(metadata_of(model.config, tokenizer))
     program.save(path, external_data=False)
     report = f"inputs {', '.join(traceable.input_names)} (texts, tokens); {compare(model, path)}"

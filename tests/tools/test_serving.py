@@ -252,13 +252,17 @@ def test_tags_and_questions_are_those_of_the_checkpoint(kind, request, tmp_path)
         assert scores[0][key] == pytest.approx(scores[1][key], abs=1e-5)
 
 
-def test_int8_is_smaller_and_near(hard, exported, demo, tmp_path):
+def test_int8_is_near(hard, exported, demo, tmp_path):
     path, expected = exported.with_name("int8.onnx"), expected_answers(hard, texts(40))
     result = serve(path, lines="".join(json.dumps(row) + "\n" for row in texts(40)))
     answers = [json.loads(line) for line in result.stdout.splitlines()]
-    products = {node.op_type for node in onnx.load(path).graph.node}
+    graph = onnx.load(path).graph
+    products = {node.op_type for node in graph.node}
     assert "MatMulInteger" in products and "Gemm" not in products
-    assert path.stat().st_size < 0.9 * exported.stat().st_size
+    matrices = [
+        part.name for part in graph.initializer if len(part.dims) == 2 and part.data_type == onnx.TensorProto.FLOAT
+    ]
+    assert all("embeddings" in name for name in matrices)
     errors = [abs(a - b) for one, other in zip(answers, expected) for a, b in zip(one["logits"], other["logits"])]
     assert 0 < max(errors) < 0.1
     pairs = [row.get("text_pair") for row in texts(40)]
@@ -277,7 +281,7 @@ def test_export_tells_what_int8_costs(hard, demo, tmp_path):
         for name, line in zip(("checkpoint", "i.onnx"), lines[1:])
     ]
     kept, same = re.fullmatch(
-        r"as many tokens kept in each layer of (\S+)% of 400 texts; the same answer to (\S+)%", lines[3]
+        r"as many tokens kept in each layer of (\S+)% of \d+ texts; the same answer to (\S+)%", lines[3]
     ).groups()
     assert 50 < float(kept) <= 100 and 90 < float(same) <= 100
     for path, accuracy in zip((hard, output), accuracies):
