@@ -261,7 +261,7 @@ def bench(**options: Any) -> None:
     python ltp.py bench --restore CKPT --task MRPC --beside model.onnx --beside model-int8.onnx
     python ltp.py bench --restore CKPT --lengths 32,64,128 --batch-size 1 --batch-size 64
 
-    An exported file runs on the CPU, one text after the other. Speed-ups are over the dense checkpoint, or over the
+    An exported file runs on the CPU. Speed-ups are over the dense checkpoint, or over the
     file where --restore names one. MB are those of the weights on disk.
 
     "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. All
@@ -418,7 +418,8 @@ def export(**options: Any) -> None:
     --int8 rounds after the comparison. What that costs depends on the model: with --task or --data the file is run
     beside the checkpoint on the evaluation data.
     """
-    from support.checkpoint import find_model
+    from runs.checks import check_task
+    from support.checkpoint import find_model, load_config
     from tools.commands import make_source, start_alone
     from tools.export import describe_agreement, export_checkpoint
 
@@ -427,9 +428,11 @@ def export(**options: Any) -> None:
     if process is None:
         return
     folder, output, dense = find_model(options["restore"]), options["output"], options["dense"]
+    if source:
+        check_task(folder, load_config(folder), source.task)  # before anything is written
     click.echo(f"{output}: {export_checkpoint(folder, output, options['int8'], dense)}")
     if source:
-        click.echo(describe_agreement(folder, output, source, process, dense))
+        click.echo(describe_agreement(folder, output, source, process, dense, options["max_seq_length"]))
 
 
 @main.command()

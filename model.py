@@ -121,7 +121,7 @@ class Config:
         return self.max_position_embeddings - self.position_offset
 
     @property
-    def topk_rates(self) -> list[float]:
+    def layer_keep_rates(self) -> list[float]:
         """Share of the original tokens that top-k keeps in each layer (L,)."""
         return self.keep_rates or topk_rates(self.token_keep_rate, self.num_hidden_layers)
 
@@ -753,7 +753,7 @@ class Model(nn.Module):
         if self.config.prune_mode == "absolute_threshold":
             return Hard(self.thresholds)
         if self.config.prune_mode == "topk":
-            return TopK(self.config.topk_rates)
+            return TopK(self.config.layer_keep_rates)
         return Dense()
 
     def forward(self, batch: Batch, pruner: Dense | None = None, layout: Callable = Sequences) -> Output:

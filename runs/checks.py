@@ -40,7 +40,7 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
         )
     if (
         changes.get("prune_mode") == "topk"
-        and not (rates or config.keep_rates)
+        and not changes.get("keep_rates", config.keep_rates)
         and min(topk_rates(0.0, config.num_hidden_layers)) == 1
     ):
         raise InputError(f"topk never prunes the first layers, and this model has only {config.num_hidden_layers}")

@@ -186,8 +186,8 @@ def add_differences(
 ) -> None:
     """Adds to each cell's record how far the first metric is from the dense model's, with a 95% interval.
 
-    Cells that differ in their seed alone share one difference, of their mean. answers: logits by the cell's name.
-    metric: the task's kind of metrics.
+    Cells of this grid that differ in their seed alone share one difference, of their mean.
+    answers: logits by the cell's name. metric: the task's kind of metrics.
     """
     groups: dict[Cell, list[str]] = {}
     for cell in cells:

@@ -440,7 +440,10 @@ export_options = table(
     restore_option("Model folder"),
     click.option("--output", required=True, metavar="FILE", type=FILE, help="The .onnx file to write."),
     click.option(
-        "--int8", is_flag=True, help="Products in int8: a smaller file, and a faster one where the CPU has VNNI."
+        "--int8",
+        is_flag=True,
+        help="Products in int8: a smaller file, and a faster one. Meant for CPUs with VNNI: on others ONNX Runtime's "
+        "products may overflow.",
     ),
     dense_option,
     data_options,

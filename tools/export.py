@@ -48,6 +48,7 @@ from train import predict_logits
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
 OUTPUTS = ["logits", "kept"]
+LARGE = 2**31  # values of a weight
 
 
 class TracedSequences(Sequences):
@@ -141,7 +142,7 @@ class Traceable(nn.Module):
         if config.prune_mode == "absolute_threshold":
             return TracedHard(self.model.thresholds, self.can_drop)
         if config.prune_mode == "topk":
-            return RankedTopK(config.topk_rates)
+            return RankedTopK(config.layer_keep_rates)
         return Dense()
 
     def forward(
@@ -257,8 +258,10 @@ def round_products(graph: Any) -> Any:
     rounded alike in any batch. (ONNX Runtime's own quantizer has one scale for all tokens of a batch.) Embeddings and
     attention stay in float32.
     """
-    from onnxscript import rewriter
+    from onnxscript import optimizer, rewriter
 
+    # A classifier's last layer takes parts of a weight: they become weights of their own.
+    optimizer.fold_constants(graph, input_size_limit=LARGE, output_size_limit=LARGE)
     rule = rewriter.RewriteRule(
         linear_layer, integer_layer, lambda context, weight, **rest: weight.const_value is not None
     )
@@ -357,14 +360,16 @@ def compare(model: Model, path: Path) -> str:
 # What rounding costs
 
 
-def describe_agreement(folder: Path, output: Path, source: Source, process: Process, dense: bool) -> str:
+def describe_agreement(
+    folder: Path, output: Path, source: Source, process: Process, dense: bool, max_length: int | None = None
+) -> str:
     """Lines on an exported file beside its checkpoint, on the source's evaluation examples. Raises: InputError.
 
-    dense: the file does not prune.
+    dense: the file does not prune. max_length: texts are cut to this many tokens; None: the checkpoint's setting.
     """
     config, tokenizer, task = load_config(folder), Tokenizer(folder), source.task
     labels = check_task(folder, config, task)
-    examples = source.load("eval", tokenizer, length_limit(config, folder, None), labels=labels)[0][""]
+    examples = source.load("eval", tokenizer, length_limit(config, folder, max_length), labels=labels)[0][""]
     models = {"checkpoint": folder, output.name: open_file(output)}
     results, lines = [], []
     for name, path in models.items():

@@ -51,6 +51,10 @@ def test_pruning_at_the_ends_of_its_range():
     check_pruning(SMALL, {"final_token_threshold": 1, "token_keep_rate": -3.0})
     with pytest.raises(InputError, match="never prunes the first layers, and this model has only 3"):
         check_pruning(replace(SMALL, num_hidden_layers=3), {"prune_mode": "topk"})
+    few = replace(SMALL, num_hidden_layers=3, keep_rates=[1.0, 0.5, 0.2])
+    check_pruning(few, {"prune_mode": "topk"})
+    with pytest.raises(InputError, match="never prunes the first layers"):  # the schedule is back
+        check_pruning(few, {"prune_mode": "topk", "token_keep_rate": 0.5, "keep_rates": None})
 
 
 def test_a_task_must_be_the_checkpoints():

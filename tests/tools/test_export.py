@@ -173,6 +173,17 @@ def test_int8_rounds_each_token_alike_in_any_batch(tmp_path):
     assert (together - model(a_batch(sequences)).logits).abs().median() < 1e-5
 
 
+def test_int8_leaves_no_linear_layer_in_float(tmp_path):
+    """Not even the last layer's, where the first token alone asks: it takes parts of a weight."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    export_model(a_model("sequence", None), tmp_path / "m.onnx", int8=True)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert "Gemm" not in {node.op_type for node in graph.node}
+    matrices = [part.name for part in graph.initializer if len(part.dims) == 2 and part.data_type == 1]
+    assert all("embeddings" in name for name in matrices)
+
+
 def test_int8_leaves_rows_of_zeros_alone(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

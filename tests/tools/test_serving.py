@@ -280,6 +280,12 @@ def test_export_tells_what_int8_costs(hard, demo, tmp_path):
         re.fullmatch(rf"{name}: accuracy (\S+), macro_f1 \S+", line)[1]
         for name, line in zip(("checkpoint", "i.onnx"), lines[1:])
     ]
+    output.unlink()
+    assert "which is another kind of task" in refused(
+        "export", "--restore", hard, "--output", output, "--task", "SQuAD"
+    )
+    assert not output.exists()
+    run("export", "--restore", hard, "--output", output, "--int8")
     kept, same = re.fullmatch(
         r"as many tokens kept in each layer of (\S+)% of \d+ texts; the same answer to (\S+)%", lines[3]
     ).groups()
