@@ -206,7 +206,9 @@ def prepare(source: Source, options: dict[str, Any], process: Process) -> Bench:
     """Reads the examples, and fine-tunes the dense model where an earlier call did not."""
     restore = options["restore"]
     labels, train_set, dev_sets, limit = load_sets(source, restore, options["held_out"])
-    settings = Settings(learning_rate=options["learning_rate"], seed=options["seed"])
+    settings = Settings(
+        learning_rate=options["learning_rate"], seed=options["seed"], epochs=options["dense_epochs"]
+    )
     name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
     folder = options["output"] / "models" / name / "dense"
     bench = Bench(source.task, labels, train_set, dev_sets, settings, options["epochs"], folder, process)
@@ -248,7 +250,8 @@ def find_source(task: str | None, data: Path) -> Source:
 @data_options
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--lr", "learning_rate", default=1e-4, show_default=True)
-@click.option("--epochs", default=4.0, show_default=True, help="Of every method, after the dense model's 3.")
+@click.option("--dense-epochs", default=3.0, show_default=True, help="Of the dense model, where all methods start.")
+@click.option("--epochs", default=4.0, show_default=True, help="Of every method, after those.")
 @click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
 @click.option("--method", "methods", multiple=True, default=["ltp", "fixed", "manual", "topk", "random", "longer"])
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
