@@ -206,9 +206,7 @@ def prepare(source: Source, options: dict[str, Any], process: Process) -> Bench:
     """Reads the examples, and fine-tunes the dense model where an earlier call did not."""
     restore = options["restore"]
     labels, train_set, dev_sets, limit = load_sets(source, restore, options["held_out"])
-    settings = Settings(
-        learning_rate=options["learning_rate"], seed=options["seed"], epochs=options["dense_epochs"]
-    )
+    settings = Settings(learning_rate=options["learning_rate"], seed=options["seed"], epochs=options["dense_epochs"])
     name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
     folder = options["output"] / "models" / name / "dense"
     bench = Bench(source.task, labels, train_set, dev_sets, settings, options["epochs"], folder, process)
