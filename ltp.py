@@ -41,21 +41,21 @@ def main() -> None:
     """Learned Token Pruning (LTP) makes a RoBERTa-class model cheaper: tokens that get little attention are dropped.
 
     \b
-    LTP:        finetune  ->  soft (learns the thresholds)  ->  hard (drops tokens, adapts the weights)
-    Baselines:  finetune  ->  topk,   finetune  ->  manual
-    First try:  demo (needs no data and no network, takes minutes on a CPU)
+    LTP:        finetune -> soft (learns thresholds) -> hard (drops tokens)
+    Baselines:  finetune -> topk,  finetune -> manual
 
     `python ltp.py COMMAND --help` explains a command and its options.
     """
 
 
-@main.command()
+@main.command(section="First try")
 @demo_options
 def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
-    """Run the whole pipeline in miniature: no network, minutes on a CPU.
+    """Run the whole pipeline in miniature, in minutes on a CPU.
 
-    Makes reviews in which a few words matter, and trains a tokenizer and a small RoBERTa on them from scratch. Then
-    runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each command line.
+    The demo needs no network. It makes reviews in which a few words matter, and trains a tokenizer and a small RoBERTa
+    on them from scratch. Then it runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each
+    command line.
     """
     from support.console import evaluation_table, screen
 
@@ -86,7 +86,7 @@ def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
 def stage_command(stage: str) -> None:
     """Registers a stage of training."""
 
-    @main.command(stage, help=STAGE_HELP[stage])
+    @main.command(stage, section="Train", help=STAGE_HELP[stage])
     @stage_options(stage)
     def command(**options: Any) -> None:
         train_stage(stage, options)
@@ -152,18 +152,20 @@ def target_defaults(stage: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in soft_target(*scale).items() if source_of(name) == ParameterSource.DEFAULT}
 
 
-@main.command("sweep")
+@main.command(section="Train")
 @sweep_options
 def sweep(**options: Any) -> None:
     """Train a grid of pruned models, and draw accuracy against FLOPs.
 
     \b
-    python ltp.py sweep --task MRPC --restore CKPT_of_finetune --distill CKPT_of_finetune --output frontier
-    python ltp.py sweep --task MRPC --restore CKPT_of_finetune --method ltp --lambda 0.05 --lambda 0.1 --output lambdas
+    python ltp.py sweep --task MRPC --restore CKPT --distill CKPT --output grid
+    python ltp.py sweep --task MRPC --restore CKPT --output lambdas \\
+        --method ltp --lambda 0.05 --lambda 0.1
 
-    Each model of the grid is trained as its own commands would train it, one after the other, in DIR/CELL/STAGE; the
-    commands are shown. The same command again goes on where it was stopped, and skips finished models. A larger grid
-    adds to a smaller one. DIR/results.jsonl has a line a model, DIR/frontier.png is the figure (needs matplotlib).
+    CKPT is a model of `finetune`. Each model of the grid is trained as its own commands would train it, one after the
+    other, in DIR/CELL/STAGE; the commands are shown. The same command again goes on where it was stopped, and skips
+    finished models. A larger grid adds to a smaller one. DIR/results.jsonl has a line for each model, and
+    DIR/frontier.png is the figure (needs matplotlib).
 
     At the end each model's speed is measured beside the dense model's. The machine should be idle then. Delete a cell's
     speed.json to measure it again.
@@ -211,10 +213,10 @@ def sweep(**options: Any) -> None:
 # Trained models
 
 
-@main.command("eval")
+@main.command("eval", section="Look at a model")
 @eval_options
 def evaluate(**options: Any) -> None:
-    """Evaluate a checkpoint: metrics, FLOPs beside the dense model's, tokens kept in each layer.
+    """Measure the score, FLOPs, and tokens kept in each layer.
 
     \b
     python ltp.py eval --task MRPC --restore CKPT --json result.json
@@ -222,7 +224,8 @@ def evaluate(**options: Any) -> None:
     FLOPs are those of the encoder layers, without embeddings and head. A multiply-accumulate is 2 FLOPs. A layer makes
     4·D²·n_in + 2·D·n_in² + 2·D·F·n_out multiply-accumulates, with n_in tokens before and n_out after pruning.
 
-    SQuAD 2.0: `predict` with best_f1_threshold as its --no-answer-threshold reaches best_f1.
+    SQuAD 2.0: the result has best_f1 and best_f1_threshold. `predict` reaches the one with the other as its
+    --no-answer-threshold.
     """
     from runs.stage import EvaluationOptions, evaluate_checkpoint
     from support.checkpoint import find_model
@@ -252,20 +255,21 @@ def evaluate(**options: Any) -> None:
         write_answers(sets[""].details, logits[""], predictions=options["predictions"], nbest=options["nbest"])
 
 
-@main.command()
+@main.command(section="Look at a model")
 @bench_options
 def bench(**options: Any) -> None:
-    """Measure speed: a checkpoint pruned beside dense, and exported files, in turn in one run, medians after a warm-up.
+    """Measure speed beside the dense model and exported files.
 
     \b
-    python ltp.py bench --restore CKPT --task MRPC --beside model.onnx --beside model-int8.onnx
-    python ltp.py bench --restore CKPT --lengths 32,64,128 --batch-size 1 --batch-size 64
+    python ltp.py bench --restore CKPT --task MRPC --beside model.onnx
+    python ltp.py bench --restore CKPT --lengths 32,64,128 --batch-size 64
 
-    An exported file runs on the CPU. Speed-ups are over the dense checkpoint, or over the
-    file where --restore names one. MB are those of the weights on disk.
+    All are timed in turn in one run, and the figures are medians after a warm-up. An exported file runs on the CPU.
+    Speed-ups are over the dense checkpoint, or over the file where --restore names one. MB are those of the weights on
+    disk.
 
-    "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. All
-    compute only the first token in the last layer where nothing reads the others. The formula of `eval` leaves that
+    "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. In the
+    last layer a classifier computes the first token alone, with and without pruning. The formula of `eval` leaves that
     saving out, and the dense model gains more by it: "done" is the reduction with the saving counted on both sides.
     """
     if bool(options["lengths"]) == bool(options["task"] or options["data"]):
@@ -298,23 +302,101 @@ def bench(**options: Any) -> None:
         add_speed(folder, result)
 
 
-@main.command()
+@main.command(section="Look at a model")
+@inspect_options
+def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **options: Any) -> None:
+    """Show which tokens of a TEXT survive which layer.
+
+    \b
+    python ltp.py inspect --restore CKPT "a gripping, funny film"
+    python ltp.py inspect --restore CKPT --html look.html "one text" "another"
+    python ltp.py inspect --restore CKPT_of_SQuAD "Who wrote it?" \\
+        --pair "It was written by Ada Berg in 1912."
+
+    The more attention a surviving token receives, the stronger its colour. Dropped tokens are dimmed, or dots where the
+    output has no colours. FLOPs are those of one layer, relative to the dense model's. The last line is what the model
+    answers with and without pruning.
+    """
+    if pairs and len(pairs) != len(texts):
+        raise click.UsageError(f"{len(texts)} TEXT and {len(pairs)} --pair: pass one --pair for each TEXT, or none")
+    from support.checkpoint import find_model
+    from support.files import write_text
+    from tools.commands import check_page, make_record, report_cut, start_alone
+    from tools.inspect import examine, page, print_examples
+    from tools.predict import Predictor, pruning_name
+
+    file, restore = options["html_file"], options["restore"]
+    check_page(file)
+    process = start_alone(options)
+    if process is None:
+        return
+    predictor = Predictor(find_model(restore), process, 1, options["max_seq_length"])
+    config = predictor.model.config
+    records = [make_record(restore, config.head, *both) for both in zip(texts, pairs or [None] * len(texts))]
+    examples = examine(predictor, [(f"TEXT {number}", record) for number, record in enumerate(records, 1)])
+    if file:
+        write_text(file, page(examples, {"name": restore, "pruning": pruning_name(config)}))
+        click.echo(f"{file}: open it in a browser")
+    else:
+        print_examples(examples)
+    report_cut(predictor, predictor.reader.truncated, click.echo)
+
+
+@main.command(section="Look at a model")
+@plot_options
+def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
+    """Draw training curves, trade-offs or token counts of RUNs.
+
+    A RUN is the folder of a training or of a sweep, a result of `eval --json`, or a file of `predict --output`. Needs
+    matplotlib.
+
+    \b
+    --kind    what it draws                              of which RUNs
+    curves    loss, score, relative FLOPs, thresholds    training folders
+              over the steps
+    tradeoff  score against relative FLOPs               trainings, results
+    bops      score against relative bit operations,     trainings, results
+              a panel for each task
+    kept      share of the tokens left after each layer  trainings, results,
+                                                         answers (with spread)
+    lengths   tokens leaving the last layer that keeps   answers
+              more than one, against tokens of the text
+    frontier  score against relative FLOPs by method,    sweep folders, or
+              a panel for each task                      their results.jsonl
+
+    \b
+    python ltp.py plot --output curves.svg demo/soft
+    python ltp.py plot --output tradeoff.png demo/finetune demo/hard demo/topk
+    """
+    suffix = output.suffix.lower()[1:]
+    if suffix not in ("png", "svg"):
+        raise click.UsageError(f"--output {output}: expected a name that ends in .png or .svg")
+    from support.files import write_file
+    from tools.plot import PLOTS, natural_kind, read_runs, save_figure
+
+    records = read_runs(list(runs))
+    figure = PLOTS[kind or natural_kind(records)](records)
+    write_file(output, lambda path: save_figure(figure, path, suffix))
+
+
+@main.command(section="Use a model")
 @predict_options
 def predict(text: str | None, **options: Any) -> None:
-    """Classify TEXT, tag its words, or answer it from the text in --pair.
+    """Classify a TEXT, tag its words, or answer a question.
 
-    With --input, do so for each line of a file. Answers are in the order of the lines, and memory does not grow with
-    the file.
+    A question is answered from the text in --pair. With --input, each line of a file is answered. Answers are in the
+    order of the lines, and memory does not grow with the file.
 
     \b
     python ltp.py predict --restore CKPT "a gripping, funny film"
-    python ltp.py predict --restore CKPT --input texts.jsonl --output answers.jsonl
-    python ltp.py predict --restore CKPT_of_SQuAD "Who wrote it?" --pair "It was written by Ada Berg in 1912."
+    python ltp.py predict --restore CKPT --input texts.jsonl --output out.jsonl
+    python ltp.py predict --restore CKPT_of_SQuAD "Who wrote it?" \\
+        --pair "It was written by Ada Berg in 1912."
 
     A classifier's answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}.
 
     A tagger's answer is {"words", "labels", "tokens", "kept"}. The words of a TEXT are separated by blanks; {"words":
-    […]} names them. Words beyond --max-length are not read, and their label is null.
+    […]} names them. Words that a cut text has lost get the label null.
 
     The answer to a question is {"answer", "start", "end", "score", "no_answer_score", "windows", "tokens", "kept"}.
     Start and end count characters. no_answer_score is how much better "no answer" scores. A long context is read in
@@ -361,59 +443,21 @@ def predict(text: str | None, **options: Any) -> None:
         report_cut(predictor, cut, click.echo)
 
 
-@main.command()
-@inspect_options
-def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **options: Any) -> None:
-    """Show which tokens of TEXT survive which layer, and what the model answers with and without pruning.
-
-    \b
-    python ltp.py inspect --restore CKPT "a gripping, funny film"
-    python ltp.py inspect --restore CKPT --html look.html "a gripping, funny film" "not worth the ticket"
-    python ltp.py inspect --restore CKPT_of_SQuAD "Who wrote it?" --pair "It was written by Ada Berg in 1912."
-
-    The more attention a surviving token receives, the stronger its colour. Dropped tokens are dimmed, or dots where the
-    output has no colours. FLOPs are those of one layer, relative to the dense model's.
-    """
-    if pairs and len(pairs) != len(texts):
-        raise click.UsageError(f"{len(texts)} TEXT and {len(pairs)} --pair: pass one --pair for each TEXT, or none")
-    from support.checkpoint import find_model
-    from support.files import write_text
-    from tools.commands import check_page, make_record, report_cut, start_alone
-    from tools.inspect import examine, page, print_examples
-    from tools.predict import Predictor, pruning_name
-
-    file, restore = options["html_file"], options["restore"]
-    check_page(file)
-    process = start_alone(options)
-    if process is None:
-        return
-    predictor = Predictor(find_model(restore), process, 1, options["max_seq_length"])
-    config = predictor.model.config
-    records = [make_record(restore, config.head, *both) for both in zip(texts, pairs or [None] * len(texts))]
-    examples = examine(predictor, [(f"TEXT {number}", record) for number, record in enumerate(records, 1)])
-    if file:
-        write_text(file, page(examples, {"name": restore, "pruning": pruning_name(config)}))
-        click.echo(f"{file}: open it in a browser")
-    else:
-        print_examples(examples)
-    report_cut(predictor, predictor.reader.truncated, click.echo)
-
-
-@main.command()
+@main.command(section="Use a model")
 @export_options
 def export(**options: Any) -> None:
-    """Write a checkpoint as ONNX. The graph takes padded texts, and drops tokens inside.
+    """Write a checkpoint as an ONNX file, to serve without PyTorch.
 
     \b
     python ltp.py export --restore CKPT --output model.onnx
-    python ltp.py export --restore CKPT --output model-int8.onnx --int8 --task MRPC
+    python ltp.py export --restore CKPT --output int8.onnx --int8 --task MRPC
 
-    Inputs are input_ids and attention_mask (texts, tokens), token_type_ids for models with several segments, and
-    question_length (texts) where the question is protected. Outputs are logits (texts, labels) or (texts, tokens,
-    labels), and kept (texts, layers), the tokens leaving each layer. ONNX Runtime runs the new file on several lengths,
-    and its answers are compared with the model's before the file takes its place. The tokenizer is in the file, too:
-    `eval`, `predict` and `bench` take it as --restore, and serving/serve.py answers without PyTorch. Needs onnx and
-    onnxscript, and onnxruntime to compare.
+    The graph takes padded texts, and drops tokens inside. Inputs are input_ids and attention_mask (texts, tokens),
+    token_type_ids for models with several segments, and question_length (texts) where the question is protected.
+    Outputs are logits (texts, labels) or (texts, tokens, labels), and kept (texts, layers), the tokens leaving each
+    layer. ONNX Runtime runs the new file on several lengths, and its answers are compared with the model's before the
+    file takes its place. The tokenizer is in the file, too: `eval`, `predict` and `bench` take it as --restore, and
+    serving/serve.py answers without PyTorch. Needs onnx and onnxscript, and onnxruntime to compare.
 
     --int8 rounds after the comparison. What that costs depends on the model: with --task or --data the file is run
     beside the checkpoint on the evaluation data.
@@ -433,36 +477,6 @@ def export(**options: Any) -> None:
     click.echo(f"{output}: {export_checkpoint(folder, output, options['int8'], dense)}")
     if source:
         click.echo(describe_agreement(folder, output, source, process, dense, options["max_seq_length"]))
-
-
-@main.command()
-@plot_options
-def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
-    """Draw runs: their folders, results of `eval --json`, answers of `predict --output`, or folders of `sweep`.
-    Needs matplotlib.
-
-    \b
-    curves     loss, score, relative FLOPs and thresholds over the steps      run folders
-    tradeoff   accuracy against relative FLOPs                                run folders, eval results
-    bops       accuracy against relative bit operations, a panel a task       run folders, eval results
-    kept       share of the tokens left after each layer                      runs, eval results, answers (with spread)
-    lengths    tokens leaving the last layer that keeps more than one,        answers
-               against tokens of the text
-    frontier   accuracy against relative FLOPs by method, a panel a task      folders of sweeps, or their results.jsonl
-
-    \b
-    python ltp.py plot --output curves.svg demo/soft
-    python ltp.py plot --output tradeoff.png demo/finetune demo/hard demo/topk demo/manual
-    """
-    suffix = output.suffix.lower()[1:]
-    if suffix not in ("png", "svg"):
-        raise click.UsageError(f"--output {output}: expected a name that ends in .png or .svg")
-    from support.files import write_file
-    from tools.plot import PLOTS, natural_kind, read_runs, save_figure
-
-    records = read_runs(list(runs))
-    figure = PLOTS[kind or natural_kind(records)](records)
-    write_file(output, lambda path: save_figure(figure, path, suffix))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""How the command line fails: bad input makes one line and exit code 2, other errors keep their traceback."""
+"""How the command line looks and fails: help in sections, bad input as one line with exit code 2.
+
+Other errors keep their traceback.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -29,11 +33,58 @@ OUT_OF_MEMORY = (
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, or none of the user's quota
 
 
+def write_sections(formatter: click.HelpFormatter, rows: Iterable[tuple[str, tuple[str, str]]]) -> None:
+    """Writes rows (section, (name, help)). Sections and rows keep their order, and all help starts in one column."""
+    rows, sections = list(rows), {}
+    width = min(30, max(len(name) for _, (name, _) in rows))  # a longer name has a line of its own
+    for section, (name, help) in rows:
+        sections.setdefault(section, []).append((f"{name:{width}}", help))
+    for section, lines in sections.items():
+        with formatter.section(section):
+            formatter.write_dl(lines)
+
+
+class Option(click.Option):
+    """An option in a section of the help. Its help names a whole number N and another number X, without the range."""
+
+    section: str  # which support/options.py sets
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        words = super().make_metavar(ctx)
+        return {"INTEGER": "N", "INTEGER RANGE": "N", "FLOAT": "X", "FLOAT RANGE": "X"}.get(words, words)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra
+
+
+class Command(click.Command):
+    """A command in a section of the program's help, with its options in sections."""
+
+    def __init__(self, *args: Any, section: str = "Commands", **attributes: Any):
+        super().__init__(*args, **attributes)
+        self.section = section
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        rows = ((getattr(option, "section", "Help"), option.get_help_record(ctx)) for option in options)
+        write_sections(formatter, rows)
+
+
 class Program(click.Group):
-    """A group that lists its commands in the order of their definition, and reports errors."""
+    """A group that lists its commands by section in the order of their definition, and reports errors."""
+
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        room = formatter.width - 4 - max(map(len, self.commands))
+        commands = self.commands.items()
+        rows = ((command.section, (name, command.get_short_help_str(room))) for name, command in commands)
+        write_sections(formatter, rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -44,24 +44,26 @@ class Settings:
     batch_size: int = setting(32, "Examples per optimizer step, summed over all processes.", "--batch-size", "--bs")
     epochs: float = setting(3.0, "Passes over the training data; may be a fraction.", "--epochs", "--epoch")
     accumulate: int = setting(1, "Split each batch into this many parts and run them in turn, to save memory.")
-    warmup: float = setting(0.06, "Share of the steps in which the rates rise; then they fall linearly to 0.")
-    max_grad_norm: float = setting(1.0, "Clip the weights' gradient to this norm. The thresholds' is not clipped.")
+    warmup: float = setting(0.06, "Share of the steps in which the learning rates rise; then they fall linearly to 0.")
+    max_grad_norm: float = setting(
+        1.0, "Clip the weights' gradient to this norm. That of the thresholds is not clipped."
+    )
     regularization: float = setting(
         0.1,
-        "λ, the weight in the loss of the share of tokens kept: higher prunes more (0.01 to 0.2 in the paper).",
+        "λ, the weight of the kept tokens in the loss. A higher λ prunes more (0.01 to 0.2 in the paper).",
         "--lambda",
         "--lambda-threshold",
     )
     temperature: float = setting(
-        5e-4, "τ, the softness of the soft mask: lower is closer to the hard decision (1e-4 to 2e-3 in the paper)."
+        5e-4, "τ, the softness of the soft mask. A lower τ is closer to dropping tokens (1e-4 to 2e-3 in the paper)."
     )
     threshold_learning_rate: float = setting(
-        2e-5, "Peak learning rate of the thresholds; with --target-flops it does not fall.", "--lr-threshold"
+        2e-5, "Peak learning rate of the thresholds. With --target-flops it stays at the peak.", "--lr-threshold"
     )
     threshold_weight_decay: float = setting(0.0, "Weight decay of the thresholds.", "--weight-decay-threshold")
     save_steps: int | None = setting(
         None,
-        "Evaluate and save every this many steps.  [default: every epoch]",
+        "Evaluate and save after every N steps.  [default: after every epoch]",
         "--save-steps",
         "--save-step",
         type=int,
@@ -69,18 +71,18 @@ class Settings:
     target_flops: float | None = setting(
         None,
         "Prune to this share of the dense FLOPs, such as 0.5. Training then finds λ (soft), the thresholds' scale "
-        "(hard, manual) or the keep rate (topk). In soft it changes the defaults of other settings, see `soft --help`.",
+        "(hard, manual) or the keep rate (topk). In soft other defaults change, too: `soft --help` lists them.",
         type=float,
     )
     temperature_end: float | None = setting(
         None,
-        "Let τ fall to this value by the end, if τ is above it: soft and hard decisions then come to agree.",
+        "τ falls to this value by the end, if it is above. Soft and hard decisions then come to agree.",
         type=float,
     )
     mask_attention: bool = setting(
         False,
-        "What a soft mask multiplies: the layer's output, as in the paper, or the attention that later layers pay to "
-        "the token, which comes closer to dropping it.",
+        "What a soft mask multiplies: the attention that later layers pay to the token, which comes closer to dropping "
+        "it, or the layer's output, as in the paper.",
         "--mask-attention/--mask-output",
     )
     distill_weight: float = setting(
@@ -89,7 +91,7 @@ class Settings:
     load_best: bool = setting(
         True, "Keep the checkpoint with the best score, or the last one.", "--load-best/--no-load", " /--no-load-best"
     )
-    seed: int = setting(42, "Seed of the data order, dropout and new weights, from 0.")
+    seed: int = setting(42, "Seed of the data order, dropout and new weights.")
 
 
 @dataclass

@@ -2,7 +2,10 @@
 
 import doctest
 import math
+import re
+import textwrap
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import reference
@@ -22,6 +25,20 @@ def pruner_of(model: Model, rule: str, temperature: float = 3e-4) -> Dense:
 def test_the_examples_in_docstrings():
     result = doctest.testmod(model_module)
     assert result.attempted >= 3 and not result.failed
+
+
+def test_the_pruner_of_the_contributors_page():
+    page = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = dict(vars(model_module))
+    exec(textwrap.dedent(code), names)
+    model, sequences = pruning_model(head="token"), random_sequences(9)
+    pruner = names["Coins"](0.8, len(model.layers), model.config.max_tokens)
+    with torch.inference_mode():
+        together = model(pack(sequences), pruner)
+        alone = [model(pack([sequence]), pruner).logits for sequence in sequences]
+    torch.testing.assert_close(together.logits, torch.cat(alone), atol=1e-5, rtol=0)
+    assert (together.kept >= 1).all() and together.kept[-1].sum() < 0.6 * sum(map(len, sequences))
 
 
 # ---- packed = masked, whatever the batch ----

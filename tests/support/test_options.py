@@ -17,25 +17,17 @@ from support.settings import STAGES, Settings
 from tools.bench import BenchOptions
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = (
-    "demo",
-    "finetune",
-    "soft",
-    "hard",
-    "topk",
-    "manual",
-    "sweep",
-    "eval",
-    "bench",
-    "predict",
-    "inspect",
-    "export",
-    "plot",
-)
+SECTIONS = {
+    "First try": ["demo"],
+    "Train": ["finetune", "soft", "hard", "topk", "manual", "sweep"],
+    "Look at a model": ["eval", "bench", "inspect", "plot"],
+    "Use a model": ["predict", "export"],
+}
+COMMANDS = [name for names in SECTIONS.values() for name in names]
 
 
 def run(*words: str):
-    result = CliRunner().invoke(main, words)
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(main, words)
     assert result.exit_code == 0, result.output
     return result
 
@@ -49,9 +41,32 @@ def test_every_command_and_option_has_help(name):
             assert parameter.help and all(option in shown for option in parameter.opts), parameter.name
 
 
+def listed(help: str) -> dict[str, list[str]]:
+    """The sections of a help text, and the first words of their rows."""
+    parts = re.split(r"^(\w.*):\n", help, flags=re.MULTILINE)[1:]
+    return {title: re.findall(r"^  (\S+?),? ", rows, re.MULTILINE) for title, rows in zip(parts[::2], parts[1::2])}
+
+
 def test_help_lists_the_commands_in_the_order_of_the_workflow():
-    listed = re.findall(r"^  (\w+) ", run("--help").stdout.split("Commands:\n")[1], re.MULTILINE)
-    assert tuple(listed) == COMMANDS
+    assert list(listed(run("--help").stdout).items()) == [("Options", ["-h"]), *SECTIONS.items()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(name):
+    """No summary of a command is cut, no option is broken, and no example is wrapped by the terminal."""
+    shown = run("--help").stdout + run(name, "--help").stdout
+    assert "..." not in run("--help").stdout.replace("[ARGS]...", "")
+    assert max(map(len, shown.splitlines())) <= 80 and not re.search(r"--[\w-]+-\n", shown)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_options_by_section_and_the_rarely_needed_ones_last(name):
+    sections = listed(run(name, "--help").stdout)
+    options = [parameter for parameter in main.commands[name].params if parameter.param_type_name == "option"]
+    assert sum(map(len, sections.values())) == len(options) + 1 and sections["Help"] == ["-h"]
+    order = ["Model and data", "Pruning", "Training", "Output", "Your own data", "Optimizer", "Machine", "Help"]
+    titles = [title for title in sections if title in order]
+    assert titles == sorted(titles, key=order.index) and titles[-1] == "Help"
 
 
 HEAVY = {"torch", "numpy", "datasets", "tokenizers", "transformers", "safetensors", "pandas", "pyarrow", "matplotlib"}
@@ -124,7 +139,7 @@ def test_settings_are_options_with_the_defaults_of_their_stage(stage):
 
 
 def test_soft_tells_what_a_target_changes():
-    shown = " ".join(run("soft", "--help").stdout.split())
+    shown = re.sub(r"-\n +|\s+", lambda gap: gap[0].strip() or " ", run("soft", "--help").stdout)
     assert "--mask-attention, --temperature 0.001, --temperature-end 0.0002, --lr-threshold 0.0001" in shown
     assert re.search(r"--mask-attention / --mask-output .*? \[default: mask-output\]", shown)
 
