@@ -17,7 +17,7 @@ from support.checkpoint import save_model
 from tools.demo import demo_rows
 
 ROOT = Path(__file__).parent.parent
-PAGES = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
@@ -26,7 +26,7 @@ def commands(text: str) -> list[list[str]]:
     show = r'{ printf "%s\n" "$@" ""; }'
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S))
     blocks = re.sub(r" [<>] \S+", "", blocks)
-    script = f"M=MODEL\npython() {show}\ntorchrun() {show}\nsource() {{ :; }}\n{blocks}"
+    script = f"M=MODEL\npython() {show}\ntorchrun() {show}\nruff() {{ :; }}\n{blocks}"
     output = subprocess.run([shutil.which("bash"), "-euc", script], env={"PATH": ""}, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
     return [call.split("\n") for call in output.stdout.strip().split("\n\n")] if output.stdout else []
@@ -39,6 +39,8 @@ def anchor(heading: str) -> str:
 
 @page_of
 def test_links_lead_somewhere(page):
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|txt))`", page.read_text()):
+        assert (ROOT / name).is_file(), name
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not re.match("https?:", link):
             name, _, part = link.partition("#")

@@ -155,13 +155,6 @@ def test_nothing_runs_on_import():
             )
 
 
-def test_the_files_that_the_pages_name_exist():
-    for page in (ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        paths = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|md|txt))`|\]\(([^):#]+)", page.read_text(encoding="utf-8"))
-        for name, link in paths:
-            assert (ROOT / name).is_file() if name else (page.parent / link).exists(), f"{page.name}: {name or link}"
-
-
 def test_the_files_name_no_machine():
     for name, path in HOUSE.files.items():
         assert not re.search(r"/(work|home|root|Users)/", path.read_text(encoding="utf-8")), name
