@@ -1,11 +1,13 @@
 """The table that a sceptic asks for: LTP beside all that costs as much, with equal epochs, at the last epoch.
 
 python benchmarks/frontier.py train --task MRPC --data GLUE --restore MODEL --lr 1e-4 --seed 42 --output frontier
-python benchmarks/frontier.py compare --task MRPC --data GLUE --restore MODEL frontier/MRPC-*.jsonl
+python benchmarks/frontier.py speed --task MRPC --data GLUE --restore MODEL frontier/MRPC-42.jsonl
+python benchmarks/frontier.py compare --task MRPC --data GLUE --restore MODEL frontier/MRPC-??.jsonl
 
 Each seed fine-tunes a dense model first. It is where every method starts, and the teacher of all. The records of a task
 and a seed are the lines of OUTPUT/TASK-SEED.jsonl, with the answers to the evaluation examples. The same command again
-trains what the file does not hold yet. `compare` takes means over the files' seeds, and intervals of differences.
+trains what the file does not hold yet. `speed` times the models of one seed, if `train --keep-models` wrote them.
+`compare` takes means over the files' seeds, intervals of differences, and the first file's speeds.
 """
 
 from __future__ import annotations
@@ -24,20 +26,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Examples  # noqa: E402
-from model import Alive, Decision, Dense, Model, Sequences, TopK, threshold_ladder  # noqa: E402
+from data import Examples, sorted_batches  # noqa: E402
+from model import Alive, Decision, Dense, Model, Sequences, TopK, Uncounted, pack, threshold_ladder  # noqa: E402
 from runs.bootstrap import paired_difference  # noqa: E402
 from runs.budget import starting_thresholds  # noqa: E402
 from runs.checks import length_limit  # noqa: E402
 from runs.sweep import usual_settings  # noqa: E402
 from support.checkpoint import load_config, load_model, save_model  # noqa: E402
-from support.devices import for_training  # noqa: E402
+from support.devices import for_inference, for_training  # noqa: E402
+from support.files import write_json  # noqa: E402
 from support.process import Process, start_process  # noqa: E402
 from support.settings import Settings  # noqa: E402
 from tasks import find_task, own_task  # noqa: E402
 from tasks.base import Source, Task  # noqa: E402
 from tasks.classification import evaluate_predictions  # noqa: E402
 from tasks.tokenizer import Tokenizer  # noqa: E402
+from tools.bench import Contender, measure_rows  # noqa: E402
 from train import Trainer, evaluate, predict_logits, scale_thresholds  # noqa: E402
 
 BUDGETS = (0.5, 0.25)
@@ -291,20 +295,70 @@ def train(**options: Any) -> None:
                 save_model(bench.dense.parent / name, model)
 
 
+def floor(source: Source, train_set: Examples, dev_set: Examples, restore: Path) -> np.ndarray:
+    """Answers without training: the most frequent class, or the cosine of the two texts' mean states."""
+    if not source.task.regression:
+        return np.full(len(dev_set), np.bincount(train_set.targets).argmax())
+    size = load_config(restore).hidden_size
+    encoder = load_model(restore, tuple(map(str, range(size))), new_head=True, head="token").model
+    encoder.head.output.weight.data, encoder.head.output.bias.data = torch.eye(size), torch.zeros(size)  # the states
+    cosines = []
+    for i in range(len(dev_set)):
+        batch = dev_set.batch(np.array([i]))
+        first, second = (batch.token_ids[batch.segment_ids == segment] for segment in (0, 1))
+        texts = pack([first.tolist(), [int(first[0]), *second.tolist()]])  # [CLS] text [SEP], twice
+        with torch.inference_mode():
+            means = [states.mean(0) for states in encoder(texts, Dense()).logits.split(texts.lengths.tolist())]
+        cosines.append(float(torch.cosine_similarity(*means, dim=0)))
+    return np.array(cosines)
+
+
+def speed_file(records: Path) -> Path:
+    return records.with_name(f"{records.stem}-speed.json")
+
+
+@main.command()
+@data_options
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.option("--examples", default=128, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+def speed(task: str | None, data: Path, restore: Path, held_out: bool, file: Path, examples: int, repeats: int) -> None:
+    """Times the models of one seed in turn, and writes how much faster than the dense one they are."""
+    process = start_process(precision="fp32", threads=None, seed=0)
+    dev_set = load_sets(find_source(task, data), restore, held_out)[2][""]
+    dev_set = dev_set.select(np.sort(np.random.default_rng(0).permutation(len(dev_set))[:examples]))
+    contenders = []
+    for folder in sorted((file.parent / "models" / file.stem).iterdir(), key=lambda path: path.name != "dense"):
+        model = for_inference(load_model(folder).model, process)
+        contenders.append(Contender(folder.name, model, Uncounted(model), model.pruner()))
+    speeds: dict[str, dict[int, float]] = {contender.name: {} for contender in contenders}
+    for batch_size in (32, 1):
+        batches = sorted_batches(dev_set, batch_size)
+        for row in measure_rows(contenders, batches, process, repeats):
+            speeds[row.model][batch_size] = round(row.speedup, 3)
+            click.echo(f"{row.model} {batch_size}: {row.speedup:.2f}")
+    write_json(speed_file(file), speeds)
+
+
 @main.command()
 @data_options
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: tuple[Path, ...]) -> None:
     """Prints each cell's mean over seeds, and how far it is from dense and from LTP at its budget."""
     source = find_source(task, data)
-    targets = load_sets(source, restore, held_out)[2][""].targets
+    _, train_set, dev_sets, _ = load_sets(source, restore, held_out)
+    targets = dev_sets[""].targets
+    speeds = json.loads(speed_file(files[0]).read_text()) if speed_file(files[0]).is_file() else {}
     seeds = [{record["name"]: record for record in read_records(file)} for file in files]
     names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
     ltp = {seeds[0][name]["target"]: name for name in names if seeds[0][name]["method"] == "ltp"}
 
+    def evaluate_answers(answers: np.ndarray, rows: Any = slice(None)) -> tuple[dict[str, float], float]:
+        logits = answers[:, None] if source.task.regression else np.eye(int(train_set.targets.max()) + 1)[answers]
+        return evaluate_predictions(source.task.metric, logits, targets[rows])
+
     def score(answers: np.ndarray, rows: np.ndarray) -> float:
-        logits = answers[:, None] if source.task.regression else np.eye(len(set(targets)))[answers]
-        return 100 * evaluate_predictions(source.task.metric, logits, targets[rows])[1]
+        return 100 * evaluate_answers(answers, rows)[1]
 
     def difference(first: str, second: str) -> str:
         if first == second:
@@ -314,14 +368,18 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
         return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
     click.echo(f"{source.task.title}, {len(files)} seeds, {len(targets):,} examples\n")
-    click.echo(f"| | {', '.join(seeds[0]['dense']['metrics'])} | relative FLOPs | less dense | less LTP |")
-    click.echo("|---|---|---|---|---|")
+    click.echo(f"| | {', '.join(seeds[0]['dense']['metrics'])} | relative FLOPs | faster | less dense | less LTP |")
+    click.echo("|---|---|---|---|---|---|")
+    metrics = evaluate_answers(floor(source, train_set, dev_sets[""], restore))[0]
+    click.echo(f"| floor | {' / '.join(f'{100 * value:.1f}' for value in metrics.values())} | | | | |")
     for name in names:
         cells = [seed[name] for seed in seeds]
         metrics = " / ".join(f"{100 * np.mean([c['metrics'][m] for c in cells]):.1f}" for m in cells[0]["metrics"])
         flops = np.mean([cell["relative_flops"] for cell in cells])
         rival = ltp.get(cells[0].get("target"))
-        row = (name, metrics, f"{flops:.3f}", difference(name, "dense"), difference(name, rival) if rival else "")
+        faster = ", ".join(f"{value:.2f}x" for value in speeds.get(name, {}).values())
+        less = (difference(name, "dense"), difference(name, rival) if rival else "")
+        row = (name, metrics, f"{flops:.3f}", faster, *less)
         click.echo(f"| {' | '.join(row)} |")
 
 
