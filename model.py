@@ -345,11 +345,16 @@ def keep_topk(scores: Tensor, seqs: Sequences, counts: Tensor, protected: Tensor
     """The `counts` (B,) best tokens of a sequence survive: protected ones, then the highest scores, ties to the left.
 
     scores (T,), protected (T,) bool, in a sequence no more than its count -> keep (T,) bool.
+
+    >>> seqs, nobody = Sequences(torch.tensor([3, 2])), torch.zeros(5, dtype=torch.bool)
+    >>> keep_topk(torch.tensor([0.1, 0.7, 0.2, 0.6, 0.4]), seqs, torch.tensor([2, 1]), nobody)
+    tensor([False,  True,  True,  True, False])
     """
-    order = scores.masked_fill(protected, math.inf).argsort(descending=True, stable=True)
-    order = order[seqs.ids[order].argsort(stable=True)]  # each sequence's tokens together again, best first
+    best_first = scores.masked_fill(protected, math.inf).argsort(descending=True, stable=True)
+    # A stable sort by sequence keeps that order inside of each: above 1, 2, 0 and then 3, 4.
+    ranked = best_first[seqs.ids[best_first].argsort(stable=True)]
     keep = torch.empty_like(protected)
-    keep[order] = seqs.positions < counts[seqs.ids]  # the r-th of a sequence in `order` has rank r
+    keep[ranked] = seqs.positions < counts[seqs.ids]
     return keep
 
 
@@ -435,7 +440,12 @@ class TopK(Dense):
 
 
 class Soft(Dense):
-    """Drops nothing and gives each token a soft mask: the stage in which the thresholds are learned."""
+    """Drops nothing and gives each token a soft mask: the stage in which the thresholds are learned.
+
+    The paper masks a layer's output, though dropping comes before the feed-forward block. The last layer's output needs
+    no mask: the first token's is 1, and heads that answer for each token weigh it by its share. So a classifier's last
+    threshold gets the regulariser's gradient alone.
+    """
 
     def __init__(self, thresholds: Tensor, temperature: float, masks_attention: bool = False):
         """thresholds (L,), a parameter that wants a gradient. temperature: τ.
@@ -643,9 +653,8 @@ def make_grid(seqs: Sequences, first: int, stop: int, n: int, max_area: int) -> 
     column, lengths = torch.arange(n, device=device), seqs.lengths[first:stop]
     starts = seqs.starts[first:stop] - seqs.starts[first]
     source = (starts[:, None] + column).clamp(max=num_tokens - 1).flatten()
-    # A token's cell is its place in the run, moved right by the padding of the rows above.
-    moved = torch.arange(rows, device=device) * n - starts
-    cells = torch.arange(num_tokens, device=device) + moved.repeat_interleave(lengths, output_size=num_tokens)
+    row = torch.arange(rows, device=device).repeat_interleave(lengths, output_size=num_tokens)  # of each token
+    cells = row * n + torch.arange(num_tokens, device=device) - starts[row]
     alive = column < lengths[:, None]
     bias = torch.zeros(alive.shape, device=device).masked_fill(~alive, -math.inf)[:, None, None]
     return Grid(slice(first, stop), num_tokens, source, cells, alive, bias, query_rows)
@@ -709,9 +718,10 @@ class Embeddings(nn.Module):
         A text may spell a padding token out. It has the row `pad`, and the tokens after it count on without it.
         """
         counted = batch.token_ids != self.padding
-        counts = counted.cumsum(0)
-        first = torch.arange(counts.size(0), device=counts.device) - batch.positions  # of each token's sequence
-        return self.padding + counted * (counts - counts[first] + counted[first])
+        up_to_here = counted.cumsum(0)  # in the whole batch
+        first_tokens = torch.arange(len(counted), device=counted.device) - batch.positions  # of each token's sequence
+        before_sequence = (up_to_here - counted.long())[first_tokens]
+        return self.padding + counted * (up_to_here - before_sequence)
 
 
 class Step(NamedTuple):
@@ -768,7 +778,7 @@ class Model(nn.Module):
         alive = self.all_tokens(batch, seqs)
         x = self.embeddings(batch)
         # Where every token has an answer, its state is added here as it is dropped.
-        exits = None if self.config.head == "sequence" else torch.zeros_like(x)  # (T, D)
+        exits = None if self.config.head == "sequence" else torch.zeros_like(x)  # (T, D), what the head will read
         steps = []
         for l, layer in enumerate(self.layers):
             last = l == len(self.layers) - 1
@@ -787,14 +797,11 @@ class Model(nn.Module):
                     # x[survivors], whose gradient on a GPU would take a sort
                     x, alive = x.index_select(0, survivors), alive.at(survivors)
             x = layer.feed_forward_block(x)
-            if decision.mask is not None:
+            if decision.mask is not None:  # soft: nobody was dropped
                 alive = alive._replace(share=alive.share * decision.mask)
-                # The paper masks a layer's output, though dropping comes before the feed-forward block. The last
-                # layer's output needs no mask: a first token's is 1, and other heads weigh by shares. So a classifier's
-                # last threshold gets no gradient but the regulariser's.
-                if not last and not pruner.masks_attention:
+                if not last and not pruner.masks_attention:  # the last layer's output needs no mask, see `Soft`
                     x = x * decision.mask[:, None].to(x.dtype)
-        if exits is not None:
+        if exits is not None:  # what nobody dropped is added last
             x = exits.index_add(0, alive.tokens, alive.share[:, None].to(x.dtype) * x)
         return Output(self.head(x), steps)
 

@@ -300,15 +300,15 @@ class Trainer:
         parts = np.array_split(indices, min(self.settings.accumulate, len(indices)))
         for i, part in enumerate(parts):
             mine = part[self.process.rank :: world]
-            # DistributedDataParallel takes the mean over processes, and we want the sum. A process without examples
-            # computes one for nothing: every process must take part in the exchange of gradients.
-            weight = world if len(mine) else 0
+            # DistributedDataParallel takes the mean over processes: times their number it is the sum. Every process
+            # must take part in it, so one without examples computes one that counts nothing.
+            count_as = world if len(mine) else 0
             exchange_later = world > 1 and i + 1 < len(parts)
             with self.replica.no_sync() if exchange_later else contextlib.nullcontext():
                 loss, used, masks = self.losses(mine if len(mine) else part[:1])
                 loss, flops = loss / num_targets, used / dense
                 penalty = flops if self.budget else masks / num_tokens
-                ((loss + self.regularization * penalty) * weight).backward()
+                (count_as * (loss + self.regularization * penalty)).backward()
             if len(mine):
                 totals += torch.stack([loss, flops]).detach()
         clear_flat_gradients(self.model)
