@@ -121,6 +121,20 @@ def line_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
 
 
+def draw_legend(figure: Any, panels: list[Any]) -> None:
+    """One legend of all panels, below them: as many columns as fit, and a higher figure for further rows."""
+    shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    widths = [0.75 + 0.09 * len(label) for label in shown]  # inches: the sample and its gaps, and the characters
+    columns = len(shown) if sum(widths) < figure.get_figwidth() else max(1, int(figure.get_figwidth() / max(widths)))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (math.ceil(len(shown) / columns) - 1))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def reach_down(panel: Any, top: float) -> None:
+    """Makes an empty panel reach a tenth below a value: a small difference must not look large."""
+    panel.update_datalim([(0, top - abs(top) / 10)], updatex=False)
+
+
 def save_figure(figure: Any, path: Path, format: str) -> None:
     """Writes a "png", or an "svg" with text as text. The same figure gives the same bytes."""
     from matplotlib import rc_context
@@ -166,48 +180,45 @@ def plot_curves(runs: list[Run]) -> Any:
     figure, panels = new_figure(2, 2, width=5.2, height=3.4)
     score = "score: " + score_name(runs[0].evaluations[-1])
     curves = (("train_loss", "training loss"), ("score", score), ("relative_flops", "relative FLOPs"))
+    reach_down(panels[1], max(record["score"] for run in runs for record in run.evaluations))
     for panel, (key, title) in zip(panels, curves):
         for i, run in enumerate(runs):
             steps = [record["step"] for record in run.evaluations]
             values = [record[key] for record in run.evaluations]
             panel.plot(steps, values, label=run.name, markersize=4, **line_style(i))
-        panel.set(title=title, xlabel="step")
-        panel.set_xlim(left=0)
+        panel.set(title=title, xlabel="step", xlim=(0, None))
     panels[2].set_ylim(0, 1.05)
-    low, high = panels[1].get_ylim()
-    height = max(high - low, 0.05)  # a small difference must not look large
-    panels[1].set_ylim((low + high - height) / 2, (low + high + height) / 2)
     learned = {i: run for i, run in enumerate(runs) if run.evaluations[-1].get("thresholds")}
     if len(runs) == 1 and learned:
-        draw_threshold_curves(panels[3], runs[0])
+        draw_threshold_curves(figure, panels[3], runs[0])
     else:
         for i, run in learned.items():
             values = run.best["thresholds"]
             panels[3].plot(range(1, len(values) + 1), values, markersize=4, **line_style(i))
         panels[3].set(title="thresholds" if learned else "no thresholds in these runs", xlabel="layer")
-        panels[3].xaxis.get_major_locator().set_params(integer=True)
+    for panel in panels:
+        panel.locator_params(axis="x", nbins=7, integer=True)
     if len(runs) > 1:
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(runs)), frameon=False)
+        draw_legend(figure, panels)
     return figure
 
 
-def draw_threshold_curves(panel: Any, run: Run) -> None:
+def draw_threshold_curves(figure: Any, panel: Any, run: Run) -> None:
     """The thresholds of one run over the steps, a line a layer, from step 0 where the log has them."""
-    from matplotlib import colormaps
+    from matplotlib import cm, colormaps, colors
 
     steps = [record["step"] for record in run.evaluations]
     values = [record["thresholds"] for record in run.evaluations]
     if run.start:
         steps, values = [0, *steps], [run.start, *values]
-    for l, column in enumerate(zip(*values), 1):
-        shade = colormaps["viridis"](
-            0.9 * (l - 1) / max(1, len(values[0]) - 1)
-        )  # violet to green, without the pale end
-        panel.plot(steps, column, color=shade, label=f"layer {l}", marker=line_style(l)["marker"], markersize=4)
-    panel.set(title="thresholds", xlabel="step")
-    panel.set_xlim(left=0)
-    panel.legend(fontsize="small", ncols=2 if len(values[0]) > 8 else 1, loc="center left", bbox_to_anchor=(1, 0.5))
+    layers = len(values[0])
+    shades = colormaps["viridis"](np.linspace(0, 0.9, layers))  # violet to green, without the pale end
+    for shade, column in zip(shades, zip(*values)):
+        panel.plot(steps, column, color=shade, marker="o", markersize=3)
+    panel.set(title="thresholds", xlabel="step", xlim=(0, None))
+    key = cm.ScalarMappable(colors.BoundaryNorm(np.arange(0.5, layers + 1), layers), colors.ListedColormap(shades))
+    bar = figure.colorbar(key, ax=panel, label="layer", ticks=range(1, layers + 1, 1 + layers // 16))
+    bar.ax.tick_params(which="both", length=0)
 
 
 def plot_kept(runs: list[Run]) -> Any:
@@ -225,10 +236,10 @@ def plot_kept(runs: list[Run]) -> Any:
             middle, label = [1.0, *run.best["kept"]], run.name
         panel.plot(range(len(middle)), middle, label=label, markersize=5, **line_style(i))
         depth = max(depth, len(middle) - 1)
-    labels = {"xlabel": "after layer", "ylabel": "share of the tokens left", "title": "Tokens kept in each layer"}
-    panel.set(ylim=(0, 1.05), **labels)
-    panel.set_xticks(range(depth + 1), ["input", *map(str, range(1, depth + 1))])
-    panel.legend(frameon=False)
+    panel.set(xlabel="after layer", ylabel="share of the tokens left", ylim=(0, 1.05))
+    ticks = range(0, depth + 1, 1 + depth // 16)
+    panel.set_xticks(ticks, ["input", *map(str, ticks[1:])])
+    draw_legend(figure, [panel])
     return figure
 
 
@@ -270,15 +281,11 @@ def draw_dense(panel: Any, record: dict[str, Any], metric: str) -> float:
     """A line across for the dense model, and a band for an accuracy's standard error. Returns the metric's value."""
     value = record["metrics"][metric]
     panel.axhline(value, color="#888888", linestyle="--", linewidth=1, label="dense", zorder=0)
+    reach_down(panel, value)
     error = standard_error(metric, value, record.get("examples"))
     if error:
         panel.axhspan(value - error, value + error, color="#888888", alpha=0.12, linewidth=0, label="dense ± 1 SE")
     return value
-
-
-def spread_down(panel: Any, top: float) -> None:
-    """Lets a panel reach a tenth below the dense model's value: a small difference must not look large."""
-    panel.set_ylim(min(panel.get_ylim()[0], top - abs(top) / 10))
 
 
 def plot_tradeoff(runs: list[Run]) -> Any:
@@ -291,8 +298,10 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     shared = [name for name in runs[0].best["metrics"] if all(name in run.best["metrics"] for run in runs)]
     metric = shared[0] if shared else "score"
     figure, (panel,) = new_figure()
-    for i, run in enumerate(runs):
-        share, value = run.best["relative_flops"], run.best["metrics"].get(metric, run.best["score"])
+    values = [run.best["metrics"].get(metric, run.best["score"]) for run in runs]
+    reach_down(panel, max(values))
+    for i, (run, value) in enumerate(zip(runs, values)):
+        share = run.best["relative_flops"]
         error = standard_error(metric, value, run.best.get("examples"))
         style = {"linestyle": "", "markersize": 8, "elinewidth": 1} | line_style(i)
         panel.errorbar(share, value, error, label=run.name, **style)
@@ -300,7 +309,7 @@ def plot_tradeoff(runs: list[Run]) -> Any:
             panel.axhline(value, color="#888888", linestyle="--", linewidth=1, zorder=0)
     note = ", bars: one standard error" if metric == "accuracy" else ""
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=f"{metric}{note}", xlim=(0, 1.05))
-    figure.legend(loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    draw_legend(figure, [panel])
     return figure
 
 
@@ -322,8 +331,7 @@ def plot_bops(runs: list[Run]) -> Any:
     for panel, (task, records) in zip(panels, tasks.items()):
         draw_bops(panel, records)
         panel.set_title("your own data" if task == "custom" else task or "")
-    shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), frameon=False)
+    draw_legend(figure, panels)
     return figure
 
 
@@ -343,16 +351,14 @@ def draw_bops(panel: Any, records: list[dict[str, Any]]) -> None:
             panel.plot(*zip(*points), label=label, markersize=7, **line_style(i))
         for point, record in zip(points, line):
             share = record["relative_flops"]
-            # A line comes to its dense point from the left, and to the others from the right.
-            text, side, place = ("dense", "left", (6, 4)) if share == 1 else (f"{share:.2f}", "right", (-5, 4))
-            panel.annotate(text, point, place, textcoords="offset points", ha=side, size="small")
-    panel.set(xscale="log", xlabel="relative bit operations (numbers: relative FLOPs)", ylabel=metric)
+            # Above the last point of a line, and below the others, from where it mostly rises to the right.
+            text, place = ("dense", (6, 4)) if share == 1 else (f"{share:.2f}", (4, -13))
+            panel.annotate(text, point, place, textcoords="offset points", size="small")
+    panel.set(xscale="log", xlabel="relative bit operations\n(numbers: relative FLOPs)", ylabel=metric)
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.xaxis.set_minor_locator(LogLocator(subs=()))
     panel.margins(x=0.22, y=0.12)
-    if dense:
-        spread_down(panel, dense[0]["metrics"][metric])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,14 +377,12 @@ def plot_frontier(runs: list[Run]) -> Any:
     value runs across; an accuracy has its standard error as a band. Bars are 95% intervals of the differences from it.
     """
     check_runs(runs, lambda run: run.cells and run.cells[0]["method"] == "dense", "results of `sweep`")
-    figure, panels = new_figure(1, len(runs), 6.4 if len(runs) == 1 else 4.4)
+    figure, panels = new_figure(1, len(runs), 6.4 if len(runs) == 1 else 4.0)
     styles: dict[str, dict[str, Any]] = {}  # by label, the same in all panels
     for panel, run in zip(panels, runs):
         draw_frontier(panel, run.cells, styles)
         panel.set_title(run.name if len(runs) > 1 else "")
-    shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
-    columns = min(6, len(shown)) if len(runs) > 1 or len(shown) < 5 else 2
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, frameon=False)
+    draw_legend(figure, panels)
     return figure
 
 
@@ -401,7 +405,6 @@ def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dic
         if single:
             panel.plot(*zip(*single), linestyle="", markersize=3, alpha=0.6, **style)
     panel.set(xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
-    spread_down(panel, top)
 
 
 def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[Points]]:

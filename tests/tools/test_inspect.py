@@ -226,6 +226,34 @@ def test_page_works_by_keyboard(window, page_file):
     assert window.run("[...document.querySelectorAll('button')].every(x => x.getAttribute('aria-label'))")
 
 
+def test_page_opens_at_the_token_that_stays_longest(window, page_file):
+    file, examples = page_file
+    window.open(file, 1200, 800)
+    for index, example in enumerate(examples):
+        window.run(f"choose({index})")
+        layers = [sum(i in layer["alive"] for layer in example["layers"]) for i in range(len(example["tokens"]))]
+        assert window.run("token") == layers.index(max(layers[1:]), 1)  # the first token always stays
+
+
+def test_layer_stays_in_sight_beside_long_texts(window, page_file):
+    window.open(page_file[0], 375, 500)
+    window.run("choose(2); at('text').children[token].focus()")
+    window.press("End", *["ArrowLeft"] * 50)
+    top = "document.activeElement.getBoundingClientRect().top - at('controls').getBoundingClientRect().bottom"
+    assert window.run("scrollY") > 0 and window.run("at('controls').getBoundingClientRect().top") == 0
+    assert window.run(top) >= 0  # the focused token is not behind the controls
+
+
+def test_texts_from_right_to_left_run_that_way(window, hard, tmp_path):
+    write_page(tmp_path / "rtl.html", hard, "(הסרט הזה) good")
+    window.open(tmp_path / "rtl.html", 1200, 800)
+    left = "[...at('text').children].map(x => x.getBoundingClientRect().left)"
+    assert window.run(f"{left}[0] > {left}[1]")
+    window.run("at('text').children[token].focus()")
+    window.press("Home", "ArrowLeft")
+    assert window.run("token") == 1
+
+
 def test_page_shows_markup_as_text_and_asks_the_network_nothing(window, page_file):
     window.open(page_file[0], 375, 800)
     window.run("at('example').value = 1; at('example').dispatchEvent(new Event('change'))")

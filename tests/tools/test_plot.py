@@ -56,7 +56,7 @@ CURVES = {"training loss", "score: accuracy", "relative FLOPs", "thresholds"}
 @pytest.mark.parametrize(
     "names, kind, words",
     [
-        (["soft"], "curves", CURVES | {"layer 4", "step"}),
+        (["soft"], "curves", CURVES | {"layer", "4", "step"}),
         (["soft", "plain"], "tradeoff", {"soft", "plain", "relative FLOPs (1: the dense model)"}),
         (["answers"], "lengths", {"tokens of the text", "none dropped", "answers"}),
         (["answers", "soft"], "kept", {"answers (median, 5 to 95%)", "soft", "input", "4"}),
@@ -103,6 +103,9 @@ def test_curves_show_the_logs_numbers(runs):
     assert list(panels[3].lines[0].get_xdata()) == [0, 1, 2, 3]
     assert [line.get_ydata()[0] for line in panels[3].lines] == start["thresholds"]
     assert [line.get_ydata()[-1] for line in panels[3].lines] == log[-1]["thresholds"]
+    low, high = panels[1].get_ylim()
+    best = max(record["score"] for record in log)
+    assert low < 0.9 * best and best < high  # a small difference does not look large
     both = plot_curves([soft, dense]).axes[3].lines
     assert len(both) == 1 and list(both[0].get_ydata()) == log[-1]["thresholds"]
 
@@ -136,6 +139,8 @@ def test_a_trade_off_has_a_point_for_each_run(runs):
     points = [(c.lines[0].get_xdata()[0], c.lines[0].get_ydata()[0]) for c in panel.containers]
     assert points[0] == (best["relative_flops"], best["metrics"]["accuracy"]) and points[1][0] == 1.0
     assert [c.lines[0].get_color() for c in panel.containers] == list(COLOURS[:2])
+    low, high = plot_tradeoff([evaluation(0.5, None, 0.799), evaluation(1.0, None, 0.8)]).axes[0].get_ylim()
+    assert low < 0.72 and high > 0.84
     with pytest.raises(InputError, match="not on MRPC and your own data"):
         plot_tradeoff([soft._replace(task="MRPC"), dense])
 
@@ -224,6 +229,17 @@ def test_runs_are_named_by_what_differs(runs, tmp_path):
         shutil.copytree(runs / "soft", tmp_path / name)
     assert [run.name for run in read_runs([tmp_path / "a/hard", tmp_path / "b/hard"])] == ["a/hard", "b/hard"]
     assert read_runs([tmp_path / "a/hard"])[0].name == "hard"
+
+
+@pytest.mark.parametrize("plot", [plot_curves, plot_kept, plot_tradeoff])
+def test_legends_of_many_long_names_stay_inside_the_figure(runs, plot):
+    (soft,) = read_runs([runs / "soft"])
+    figure = plot([soft._replace(name=f"learned-token-pruning-of-a-large-model-seed-{i}/hard") for i in range(12)])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0
+    assert all(box.y1 < panel.get_window_extent().y0 and panel.bbox.height > 200 for panel in figure.axes)
 
 
 # ---- what is refused ----
