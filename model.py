@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from pathlib import Path
@@ -376,34 +376,39 @@ class Alive(NamedTuple):
 class Decision(NamedTuple):
     """What a pruner decides about the T_l tokens of a layer."""
 
-    kept: Tensor  # (B,) tokens of each sequence that survive the layer, the sums of keep; with soft masks Σ_t share · m
+    counts: Tensor  # (B,) tokens of each sequence that survive, the sums of keep; with soft masks Σ_t share · m
     keep: Tensor | None = None  # (T_l,) bool: who survives; None: nobody is dropped
     mask: Tensor | None = None  # (T_l,) soft mask; None: no soft masks
 
 
-class Dense:
-    """Drops nothing. A pruner overrides these two methods, in which layers count from 0.
+class Pruner:
+    """What decides who survives a layer. A rule overrides these two methods, in which layers count from 0.
 
-    A pruner must keep the protected tokens. One that drops every second token:
+    It must keep the protected tokens. One that drops every second token:
 
-    >>> class EverySecond(Dense):
+    >>> class EverySecond(Pruner):
     ...     def decide(self, l, scores, alive, seqs):
     ...         keep = alive.protected | (seqs.positions % 2 == 0)
     ...         return Decision(seqs.sum(keep), keep)
     """
 
-    masks_attention = False  # soft masks act on the attention that later layers pay to a token, not on its state
+    masks_attention = False  # soft masks act on the attention that later layers pay to a token, not on its state. Every
+    # layer must then be scored: only scored attention knows presences
 
     def needs_scores(self, l: int, seqs: Sequences) -> bool:
         """Whether layer l must score its tokens."""
         return False
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
-        """Who survives layer l. scores (T_l,), or None where `needs_scores` says no."""
+        """Who survives layer l. scores (T_l,), or None where `needs_scores` says no. Here: everybody."""
         return Decision(seqs.lengths)
 
 
-class Hard(Dense):
+class Dense(Pruner):
+    """Drops nothing."""
+
+
+class Hard(Pruner):
     """Drops the tokens that score below their layer's threshold: LTP in inference and in its hard stage, and manual."""
 
     def __init__(self, thresholds: Tensor):
@@ -421,7 +426,7 @@ class Hard(Dense):
         return Decision(seqs.sum(keep), keep)
 
 
-class TopK(Dense):
+class TopK(Pruner):
     """Keeps a fixed share of each sequence's original tokens, those with the highest scores."""
 
     def __init__(self, rates: list[float]):
@@ -439,7 +444,7 @@ class TopK(Dense):
         return Decision(counts, keep_topk(scores, seqs, counts, alive.protected))
 
 
-class Soft(Dense):
+class Soft(Pruner):
     """Drops nothing and gives each token a soft mask: the stage in which the thresholds are learned.
 
     The paper masks a layer's output, though dropping comes before the feed-forward block. The last layer's output needs
@@ -463,7 +468,7 @@ class Soft(Dense):
         return Decision(seqs.sum(alive.share * mask), mask=mask)
 
 
-class Uncounted(Dense):
+class Uncounted(Pruner):
     """Decides as a model's own pruner does, but never scores a classifier's last layer: for training and timing.
 
     Only first tokens are read there, and they are never dropped. Scores would tell how many tokens the rule keeps, and
@@ -500,17 +505,17 @@ def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> 
 
 
 def attend_and_score(
-    query: Tensor, key: Tensor, value: Tensor, grid: Grid, presence: Tensor | None, dropout: nn.Module, first_only: bool
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, presence: Tensor | None, dropout: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """Attention that writes its probabilities down, for some queries at a time, and sums what each token receives.
 
-    query, key, value (b, H, n, d) (query may have one row alone). presence (b, n): how much of each token is there;
-    None: all. A key's probability is multiplied by its presence before the probabilities are made to sum to 1, and what
-    a query gives counts in proportion to its own presence.
-    Returns the context (b, H, q, d), the first query's alone if `first_only`, and Σ_h Σ_j A_h(j, i) over the queries j
-    that are no padding, before dropout (b, n) float32.
+    query (b, H, q, d), key, value (b, H, n, d). presence (b, n): how much of each token is there; None: all. A key's
+    probability is multiplied by its presence before the probabilities are made to sum to 1, and what a query gives
+    counts in proportion to its own presence.
+    Returns the context (b, H, q, d), and Σ_h Σ_j A_h(j, i) over the queries j that are no padding, before dropout
+    (b, n) float32.
     """
-    bias, weight = grid.bias, grid.alive
+    bias, weight = grid.bias, grid.real
     if presence is not None:  # a presence below 1e-6 counts as that: 0 has no logarithm
         log_presence = presence.clamp(min=1e-6).log()[:, None, None]
         bias = log_presence if bias is None else bias + log_presence
@@ -523,10 +528,7 @@ def attend_and_score(
         if weight is not None:
             over_heads = over_heads * weight[:, start : start + rows.size(2), None]
         received.append(over_heads.sum(1))
-        if not first_only:
-            contexts.append(dropout(probabilities).to(value.dtype) @ value)
-        elif start == 0:
-            contexts.append(dropout(probabilities[:, :, :1]).to(value.dtype) @ value)
+        contexts.append(dropout(probabilities).to(value.dtype) @ value)
         start += rows.size(2)
     return torch.cat(contexts, 2) if len(contexts) > 1 else contexts[0], reduce(torch.add, received)
 
@@ -542,58 +544,52 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None = None, score: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """x (T, D) -> attended (T, D), or (B, D) of the first tokens if `first_only`; received (T,) if `score`.
+        """x (T, D) -> attended (T, D), and if `score` the attention that each token receives (T,).
 
         presence (T,): see `attend_and_score`. It goes with `score`.
         """
         if seqs.single and not self.training:  # (in training, dropout acts on the one probability)
             return self.attend_alone(x, score)
-        presences = [None] * len(seqs.grids) if presence is None else seqs.lay(presence[:, None])
+        presences = [None] * len(seqs.grids)
+        if presence is not None:
+            presences = [on_grid.squeeze(2) for on_grid in seqs.lay(presence[:, None])]  # (b, n)
         contexts, received = [], []
-        for projected, present in zip(self.project(x, seqs, one_query=first_only and not score), presences):
-            context, sums = self.attend(*projected, present, score, first_only)
-            contexts.append(context.transpose(1, 2).flatten(2))  # (b, n, D), or (b, 1, D)
-            received.append(sums)
-        context = torch.cat(contexts).squeeze(1) if first_only else seqs.flatten(contexts)
-        return self.output(context), seqs.flatten(received) if score else None
+        for grid, projected, present in zip(seqs.grids, seqs.lay(self.query_key_value(x)), presences):
+            query, key, value = self.split_heads(projected, 3)
+            if score:
+                context, sums = attend_and_score(query, key, value, grid, present, self.dropout)
+                received.append(sums)
+            else:
+                context = self.attend(query, key, value, grid)
+            contexts.append(context.transpose(1, 2).flatten(2))  # (b, n, D)
+        return self.output(seqs.flatten(contexts)), seqs.flatten(received) if score else None
 
-    def project(self, x: Tensor, seqs: Sequences, one_query: bool) -> Iterator[tuple[Grid, Tensor, Tensor, Tensor]]:
-        """x (T, D) -> each grid with its query, key and value (b, H, n, d).
-
-        one_query: only the first token of each sequence asks, and query is (b, H, 1, d).
-        """
-        if not one_query:
-            for grid, projected in zip(seqs.grids, seqs.lay(self.query_key_value(x))):
-                yield grid, *self.split_heads(projected, 3)
-            return
+    def attend_first(self, x: Tensor, seqs: Sequences) -> Tensor:
+        """What the first token of each sequence reads: x (T, D) -> (B, D)."""
+        if seqs.single and not self.training:
+            return self.attend_alone(x, score=False)[0]
         D, weight, bias = x.size(1), self.query_key_value.weight, self.query_key_value.bias
         queries = linear(x.index_select(0, seqs.starts), weight[:D], bias[:D])  # (B, D)
+        contexts = []
         for grid, projected in zip(seqs.grids, seqs.lay(linear(x, weight[D:], bias[D:]))):
-            yield grid, *self.split_heads(queries[grid.sequences, None], 1), *self.split_heads(projected, 2)
+            (query,) = self.split_heads(queries[grid.sequences, None], 1)  # (b, H, 1, d)
+            key, value = self.split_heads(projected, 2)
+            contexts.append(self.attend(query, key, value, grid).flatten(1))  # (b, D)
+        return self.output(torch.cat(contexts))
 
     def split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """x (b, n, parts · D) -> `parts` times (b, H, n, d)."""
         return x.unflatten(2, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
-    def attend(
-        self,
-        grid: Grid,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        presence: Tensor | None,
-        score: bool,
-        first_only: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The fused kernel where nobody needs the probabilities; with dropout, a CPU is faster without it."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> Tensor:
+        """The fused kernel, as nobody needs the probabilities; with dropout, a CPU is faster without it."""
         rate = self.dropout.p if self.training else 0.0
-        if score or (rate > 0 and not query.is_cuda):
-            presence = None if presence is None else presence.squeeze(2)
-            return attend_and_score(query, key, value, grid, presence, self.dropout, first_only)
+        if rate > 0 and not query.is_cuda:
+            return attend_and_score(query, key, value, grid, None, self.dropout)[0]
         bias = None if grid.bias is None else grid.bias.to(query.dtype)
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=rate), None
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=rate)
 
     def attend_alone(self, x: Tensor, score: bool) -> tuple[Tensor, Tensor | None]:
         """Each of B tokens attends to itself alone, with probability 1 in each head: (B, D) -> (B, D) and (B,)."""
@@ -616,7 +612,7 @@ class Grid(NamedTuple):
     num_tokens: int
     source: Tensor | None  # (b · n,) the token that stands in each cell; in padding, any token
     cells: Tensor | None  # (num_tokens,) the cell in which each token stands
-    alive: Tensor | None  # (b, n) bool, False in padding
+    real: Tensor | None  # (b, n) bool, False in padding
     bias: Tensor | None  # (b, 1, 1, n) for the attention logits: 0, and -inf in padding
     query_rows: int | None  # so many queries of each sequence attend at a time; None (in an exported graph): all
 
@@ -655,9 +651,9 @@ def make_grid(seqs: Sequences, first: int, stop: int, n: int, max_area: int) -> 
     source = (starts[:, None] + column).clamp(max=num_tokens - 1).flatten()
     row = torch.arange(rows, device=device).repeat_interleave(lengths, output_size=num_tokens)  # of each token
     cells = row * n + torch.arange(num_tokens, device=device) - starts[row]
-    alive = column < lengths[:, None]
-    bias = torch.zeros(alive.shape, device=device).masked_fill(~alive, -math.inf)[:, None, None]
-    return Grid(slice(first, stop), num_tokens, source, cells, alive, bias, query_rows)
+    real = column < lengths[:, None]
+    bias = torch.zeros(real.shape, device=device).masked_fill(~real, -math.inf)[:, None, None]
+    return Grid(slice(first, stop), num_tokens, source, cells, real, bias, query_rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -679,12 +675,21 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def attention_block(
-        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None = None, score: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """x (T, D) -> (T, D), or (B, D) if `first_only`; attention received by each token (T,) if `score`."""
-        attended, received = self.attention(x, seqs, presence, score, first_only)
-        residual = x.index_select(0, seqs.starts) if first_only else x
-        return self.attention_norm(residual + self.dropout(attended)), received
+        """x (T, D) -> (T, D), and if `score` the attention that each token receives (T,)."""
+        attended, received = self.attention(x, seqs, presence, score)
+        return self.attention_norm(x + self.dropout(attended)), received
+
+    def first_attention_block(
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None = None, score: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same of the first token of each sequence alone: (B, D). Where nothing is scored, only they ask."""
+        if score:
+            x, received = self.attention_block(x, seqs, presence, score)
+            return x.index_select(0, seqs.starts), received
+        attended = self.attention.attend_first(x, seqs)
+        return self.attention_norm(x.index_select(0, seqs.starts) + self.dropout(attended)), None
 
     def feed_forward_block(self, x: Tensor) -> Tensor:
         """x (T, D) -> (T, D)."""
@@ -719,7 +724,9 @@ class Embeddings(nn.Module):
         """
         counted = batch.token_ids != self.padding
         up_to_here = counted.cumsum(0)  # in the whole batch
-        first_tokens = torch.arange(len(counted), device=counted.device) - batch.positions  # of each token's sequence
+        first_tokens = (
+            torch.arange(counted.size(0), device=counted.device) - batch.positions
+        )  # of each token's sequence
         before_sequence = (up_to_here - counted.long())[first_tokens]
         return self.padding + counted * (up_to_here - before_sequence)
 
@@ -741,7 +748,7 @@ class Output(NamedTuple):
     @property
     def kept(self) -> Tensor:
         """(L, B) tokens of each sequence that survive each layer; with soft masks, sums of shares."""
-        return torch.stack([step.decision.kept for step in self.steps])
+        return torch.stack([step.decision.counts for step in self.steps])
 
 
 class Model(nn.Module):
@@ -758,7 +765,7 @@ class Model(nn.Module):
         ladder = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
         self.thresholds = nn.Parameter(ladder, requires_grad=False)  # soft training turns the gradient on
 
-    def pruner(self) -> Dense:
+    def pruner(self) -> Pruner:
         """The pruner that the configuration names for inference."""
         if self.config.prune_mode == "absolute_threshold":
             return Hard(self.thresholds)
@@ -766,12 +773,12 @@ class Model(nn.Module):
             return TopK(self.config.layer_keep_rates)
         return Dense()
 
-    def forward(self, batch: Batch, pruner: Dense | None = None, layout: Callable = Sequences) -> Output:
+    def forward(self, batch: Batch, pruner: Pruner | None = None, layout: Callable = Sequences) -> Output:
         """Answers for a batch.
 
         pruner: default, the one of the configuration. layout: what makes Sequences of lengths (an exporter has
-        another). A pass waits for the device once for its first layout, and once for each layer whose pruner decides
-        who survives.
+        another). A pass waits for the device for its first layout and for each later one: once a layer whose pruner
+        decides who survives, but for a classifier's last. Making a `Hard` waits once more.
         """
         pruner = self.pruner() if pruner is None else pruner
         seqs = layout(batch.lengths)
@@ -782,17 +789,17 @@ class Model(nn.Module):
         steps = []
         for l, layer in enumerate(self.layers):
             last = l == len(self.layers) - 1
-            first_only = last and exits is None  # a classifier reads the first tokens: x becomes (B, D)
+            first_only = last and exits is None  # a classifier's head reads the first tokens
+            block = layer.first_attention_block if first_only else layer.attention_block
             presence = alive.share if pruner.masks_attention else None
-            score = pruner.needs_scores(l, seqs)
-            x, received = layer.attention_block(x, seqs, presence, score, first_only)
+            x, received = block(x, seqs, presence, score=pruner.needs_scores(l, seqs))  # if first_only, x is now (B, D)
             scores = None if received is None else self.score(received, seqs)
             decision = pruner.decide(l, scores, alive, seqs)
             steps.append(Step(alive.tokens, scores, decision))
             if exits is not None:
                 exits = add_dropped(exits, x, alive, decision)
             if decision.keep is not None and not first_only:
-                seqs, survivors = seqs.drop(decision.keep, decision.kept)
+                seqs, survivors = seqs.drop(decision.keep, decision.counts)
                 if survivors is not None:  # a dropped token is in no product from here on
                     # x[survivors], whose gradient on a GPU would take a sort
                     x, alive = x.index_select(0, survivors), alive.at(survivors)

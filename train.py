@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import IGNORED, Examples, chunked, epoch_batches, token_batches
-from model import Config, Dense, Hard, Model, Output, SelfAttention, Soft, Uncounted, bit_operations, macs, send
+from model import Config, Hard, Model, Output, Pruner, SelfAttention, Soft, Uncounted, bit_operations, macs, send
 from support.errors import InputError, Interrupted
 from support.process import Process
 from support.settings import Settings
@@ -230,7 +230,7 @@ class Trainer:
         # The pruner of stages that learn no thresholds is made once: making it waits for the device.
         self.frozen_pruner = Uncounted(model)
 
-    def pruner(self) -> Dense:
+    def pruner(self) -> Pruner:
         """The pruner of the next training pass."""
         if self.stage == "soft":
             return Soft(self.model.thresholds, self.temperature(), self.settings.mask_attention)
@@ -413,7 +413,7 @@ def predict_logits(
     examples: Examples,
     process: Process,
     batch_size: int,
-    pruner: Dense | None = None,
+    pruner: Pruner | None = None,
     max_tokens: int | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
@@ -472,7 +472,7 @@ def evaluate(
     sets: dict[str, Examples],
     process: Process,
     batch_size: int = 32,
-    pruner: Dense | None = None,
+    pruner: Pruner | None = None,
     max_tokens: int | None = None,
     check: Callable[[], object] = lambda: None,
 ) -> tuple[Evaluation, dict[str, list[np.ndarray]]]:

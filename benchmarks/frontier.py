@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Examples, sorted_batches  # noqa: E402
-from model import Alive, Decision, Dense, Model, Sequences, TopK, Uncounted, pack, threshold_ladder  # noqa: E402
+from model import Alive, Decision, Dense, Model, Pruner, Sequences, TopK, Uncounted, pack, threshold_ladder  # noqa: E402
 from runs.bootstrap import paired_difference  # noqa: E402
 from runs.budget import starting_thresholds  # noqa: E402
 from runs.checks import length_limit  # noqa: E402
@@ -76,7 +76,7 @@ class Bench:
         """The dense model, to be pruned."""
         return load_model(self.dense, self.labels or ("score",)).model
 
-    def train(self, model: Model, stage: str, pruner: Dense | None = None, **changes: Any) -> Model:
+    def train(self, model: Model, stage: str, pruner: Pruner | None = None, **changes: Any) -> Model:
         """Trains a stage to its last step. pruner: in place of the stage's own. changes: of the settings."""
         torch.manual_seed(self.settings.seed)
         trainer = Trainer(
@@ -94,7 +94,7 @@ class Bench:
                 trainer.meet_target()
         return model
 
-    def judge(self, model: Model, pruner: Dense | None = None) -> dict[str, Any]:
+    def judge(self, model: Model, pruner: Pruner | None = None) -> dict[str, Any]:
         """What the model does on the evaluation examples, with its answer to each."""
         torch.manual_seed(self.settings.seed)
         evaluation, logits = evaluate(model, self.task, self.dev_sets, self.process, pruner=pruner)
@@ -269,7 +269,7 @@ def train(**options: Any) -> None:
     path = options["output"] / f"{name}.jsonl"
     bench = prepare(source, options, process)
 
-    def add(name: dict[str, Any], model: Model, pruner: Dense | None) -> None:
+    def add(name: dict[str, Any], model: Model, pruner: Pruner | None) -> None:
         layers = len(model.layers) / load_config(options["restore"]).num_hidden_layers  # of a shallower model
         record = name | {"epochs": bench.epochs, "lr": bench.settings.learning_rate} | bench.judge(model, pruner)
         record |= {key: layers * record[key] for key in ("relative_flops", "relative_bops")}

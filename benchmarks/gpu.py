@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from compare import SIZES, mrpc_like_lengths, padded, set_thresholds  # noqa: E402
 
 from data import Examples  # noqa: E402
-from model import Batch, Config, Dense, Model, SelfAttention, Uncounted, initialize, pack  # noqa: E402
+from model import Batch, Config, Dense, Model, Pruner, SelfAttention, Uncounted, initialize, pack  # noqa: E402
 from support.checkpoint import save_model  # noqa: E402
 from support.devices import for_inference, for_training  # noqa: E402
 from support.files import write_json  # noqa: E402
@@ -124,7 +124,7 @@ def measure_inference(
     batches = [pack(sequences_of(lengths_of(batch_size, turn), turn)) for turn in range(WARM_UP + repeats)]
     there = [batch.to(process.device) for batch in batches]
 
-    def ours(model: Model, pruner: Dense) -> Callable[[int], object]:
+    def ours(model: Model, pruner: Pruner) -> Callable[[int], object]:
         def run(turn: int) -> object:
             with process.autocast(model):
                 return model(there[turn], pruner).logits

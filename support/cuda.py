@@ -130,32 +130,44 @@ class FlatAttention(SelfAttention):
     kernels: Kernels
 
     def forward(
-        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
+        self, x: Tensor, seqs: Sequences, presence: Tensor | None = None, score: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """See `SelfAttention.forward`."""
-        half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")
-        if not half or (seqs.single and not self.training):
-            return super().forward(x, seqs, presence, score, first_only)
-        return self.attend_flat(x, seqs, presence, score, first_only)
-
-    def attend_flat(
-        self, x: Tensor, seqs: Sequences, presence: Tensor | None, score: bool, first_only: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `SelfAttention.forward`."""
-        tokens = queries = Spans(seqs.bounds.int(), max(seqs.sizes))
-        query, key, value = self.query_key_value(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        asking = query
-        if first_only and not score:
-            asking = query.index_select(0, seqs.starts)
-            queries = Spans(torch.arange(len(seqs.sizes) + 1, dtype=torch.int32, device=x.device), 1)
+        if self.takes_grids(x, seqs):
+            return super().forward(x, seqs, presence, score)
+        tokens = self.spans(seqs)
+        query, key, value = self.split(x)
         presence = None if presence is None else presence.clamp(min=1e-6)  # 0 has no logarithm
-        rate = self.dropout.p if self.training else 0.0
-        context, lse = attend(asking, key, value, queries, tokens, presence, self.kernels, rate)
-        received = None
-        if score:
-            received = ReceivedAttention.apply(query, key, presence, lse, tokens, self.kernels)
-            context = context.index_select(0, seqs.starts) if first_only else context
+        context, lse = attend(query, key, value, tokens, tokens, presence, self.kernels, self.dropout_rate)
+        received = ReceivedAttention.apply(query, key, presence, lse, tokens, self.kernels) if score else None
         return self.output(context.flatten(1)), received
+
+    def attend_first(self, x: Tensor, seqs: Sequences) -> Tensor:
+        """See `SelfAttention.attend_first`."""
+        if self.takes_grids(x, seqs):
+            return super().attend_first(x, seqs)
+        query, key, value = self.split(x)
+        firsts = Spans(torch.arange(len(seqs.sizes) + 1, dtype=torch.int32, device=x.device), 1)
+        query = query.index_select(0, seqs.starts)
+        context, _ = attend(query, key, value, firsts, self.spans(seqs), None, self.kernels, self.dropout_rate)
+        return self.output(context.flatten(1))
+
+    def takes_grids(self, x: Tensor, seqs: Sequences) -> bool:
+        """Whether the kernels have nothing to do: not in bf16, or one token alone."""
+        half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")
+        return not half or (seqs.single and not self.training)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (T, D) -> query, key, value, (T, H, d) each."""
+        return self.query_key_value(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+
+    @staticmethod
+    def spans(seqs: Sequences) -> Spans:
+        return Spans(seqs.bounds.int(), max(seqs.sizes))
+
+    @property
+    def dropout_rate(self) -> float:
+        return self.dropout.p if self.training else 0.0
 
 
 class RoundedLinear(nn.Linear):

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from model import Batch, Config, Dense
+from model import Batch, Config, Dense, Pruner
 from support.errors import InputError
 
 GRAPH = "model.onnx"  # its name in an opened folder
@@ -86,11 +86,11 @@ class OnnxModel(nn.Module):
         self.names = [node.name for node in self.session.get_inputs()]
         self.own_pruner = Dense()
 
-    def pruner(self) -> Dense:
+    def pruner(self) -> Pruner:
         """Stands for the graph's own rule: `forward` takes no other."""
         return self.own_pruner
 
-    def forward(self, batch: Batch, pruner: Dense | None = None) -> Answers:
+    def forward(self, batch: Batch, pruner: Pruner | None = None) -> Answers:
         """Answers for a batch, on the CPU. Raises: InputError for another pruner."""
         if pruner not in (None, self.own_pruner):
             raise InputError(f"{self.path.resolve()}: an exported model prunes in its one way; use the checkpoint here")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn as nn
 
-from model import Config, Decision, Dense, Hard, Model, Soft, TopK, initialize, threshold_ladder, topk_rates
+from model import Config, Decision, Dense, Hard, Model, Pruner, Soft, TopK, initialize, threshold_ladder, topk_rates
 
 SMALL = Config(
     vocab_size=83,
@@ -39,7 +39,7 @@ def pruning_model(**changes) -> Model:
     return model
 
 
-def make_pruner(model: Model, mode: str, temperature: float = 3e-4) -> Dense:
+def make_pruner(model: Model, mode: str, temperature: float = 3e-4) -> Pruner:
     """The pruner of a mode, with the model's thresholds or keep rate."""
     if mode == "hard":
         return Hard(model.thresholds)
@@ -50,7 +50,7 @@ def make_pruner(model: Model, mode: str, temperature: float = 3e-4) -> Dense:
     return Dense()
 
 
-class EverySecond(Dense):
+class EverySecond(Pruner):
     """A pruner that needs no scores: in each layer every second of a sequence's tokens goes."""
 
     def decide(self, l, scores, alive, seqs):

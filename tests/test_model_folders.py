@@ -186,10 +186,10 @@ import sys
 
 import torch
 
-from model import Decision, Dense, Hard, Model, pack
+from model import Decision, Dense, Pruner, Hard, Model, pack
 
 
-class AboveMean(Dense):
+class AboveMean(Pruner):
     """Keeps the tokens that score at least their sequence's mean."""
 
     def needs_scores(self, l, seqs):

@@ -79,13 +79,13 @@ def test_a_grid_is_a_view_without_padding():
     seqs = Sequences(torch.tensor([3, 3]))
     (grid,) = seqs.grids
     (laid,) = seqs.lay(x)
-    assert grid.alive is None and grid.cells is None and laid.shape == (2, 3, 2) and laid.data_ptr() == x.data_ptr()
+    assert grid.real is None and grid.cells is None and laid.shape == (2, 3, 2) and laid.data_ptr() == x.data_ptr()
 
 
 def test_a_grid_with_padding_by_hand():
     seqs = limited(100, 100)(torch.tensor([2, 4]))
     (grid,) = seqs.grids
-    assert grid.alive.tolist() == [[True, True, False, False], [True] * 4]
+    assert grid.real.tolist() == [[True, True, False, False], [True] * 4]
     assert grid.cells.tolist() == [0, 1, 4, 5, 6, 7]
     (laid,) = seqs.lay(torch.arange(6)[:, None])
     assert laid[0, :2, 0].tolist() == [0, 1] and laid[1, :, 0].tolist() == [2, 3, 4, 5]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import MODES, EverySecond, make_pruner, pruning_model, random_sequences
 
-from model import Decision, Dense, Hard, Sequences, Soft, pack, threshold_ladder
+from model import Decision, Dense, Hard, Pruner, Sequences, Soft, pack, threshold_ladder
 
 
 @pytest.mark.parametrize("rule", [*MODES, "second"])
@@ -119,7 +119,7 @@ def test_other_heads_do_not_protect_questions():
 
 
 def test_a_pruner_may_drop_nothing_in_some_layers():
-    class Later(Dense):
+    class Later(Pruner):
         """Drops in the fourth layer alone."""
 
         def decide(self, l, scores, alive, seqs):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data import Examples, sorted_batches
-from model import Batch, Config, Dense, Model, Uncounted, bit_operations, last_layer_saving, macs
+from model import Batch, Config, Dense, Model, Pruner, Uncounted, bit_operations, last_layer_saving, macs
 from runs.checks import check_task, length_limit
 from support.checkpoint import load_config, load_model
 from support.devices import for_inference
@@ -39,8 +39,8 @@ class Contender(NamedTuple):
 
     name: str
     model: Model | OnnxModel
-    pruner: Dense  # of the timed passes
-    counting_pruner: Dense  # of the first pass: it gives the last layer's token count, too
+    pruner: Pruner  # of the timed passes
+    counting_pruner: Pruner  # of the first pass: it gives the last layer's token count, too
     file_bytes: int = 0
 
 
@@ -140,7 +140,7 @@ def measure_rows(contenders: list[Contender], batches: list[Batch], process: Pro
 
 
 def time_pass(
-    model: Model | OnnxModel, batches: list[Batch], pruner: Dense, process: Process
+    model: Model | OnnxModel, batches: list[Batch], pruner: Pruner, process: Process
 ) -> tuple[list[float], Tensor]:
     """The seconds of each batch, and the tokens kept (L, B) in all of them."""
     times, outputs = [], []

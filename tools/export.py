@@ -28,6 +28,7 @@ from model import (
     Grid,
     Hard,
     Model,
+    Pruner,
     Sequences,
     TopK,
     pack,
@@ -67,14 +68,14 @@ class TracedSequences(Sequences):
         torch._check(longest >= 2)  # the tracer would ask whether a grid has one column
         column = torch.arange(longest)
         source = (self.starts[:, None] + column).clamp(max=self.num_tokens - 1).flatten()
-        alive = column < self.lengths[:, None]
-        bias = torch.where(alive, 0.0, -math.inf)[:, None, None]
-        cells = nonzero(alive.flatten())
-        return [Grid(slice(0, rows), self.num_tokens, source, cells, alive, bias, query_rows=None)]
+        real = column < self.lengths[:, None]
+        bias = torch.where(real, 0.0, -math.inf)[:, None, None]
+        cells = nonzero(real.flatten())
+        return [Grid(slice(0, rows), self.num_tokens, source, cells, real, bias, query_rows=None)]
 
     def lay(self, x: Tensor) -> list[Tensor]:
         (grid,) = self.grids
-        return [x.index_select(0, grid.source).view(*grid.alive.shape, x.size(1))]
+        return [x.index_select(0, grid.source).view(*grid.real.shape, x.size(1))]
 
     def drop(self, keep: Tensor, kept: Tensor) -> tuple[TracedSequences, Tensor]:
         survivors = nonzero(keep)
@@ -106,7 +107,7 @@ def keep_highest(scores: Tensor, seqs: Sequences, counts: Tensor, protected: Ten
     """
     (grid,) = seqs.grids
     (scores,) = seqs.lay(scores.masked_fill(protected, math.inf)[:, None])  # (b, n, 1)
-    scores = scores.squeeze(2).masked_fill(~grid.alive, -math.inf)
+    scores = scores.squeeze(2).masked_fill(~grid.real, -math.inf)
     mine, other = scores[:, :, None], scores[:, None]
     positions = torch.arange(scores.size(1))
     ranks = ((other > mine) | (other == mine) & (positions < positions[:, None])).sum(2)
@@ -136,7 +137,7 @@ class Traceable(nn.Module):
         more = [name for name, used in zip(("token_type_ids", "question_length"), depends) if used]
         return ["input_ids", "attention_mask", *more]
 
-    def pruner(self) -> Dense:
+    def pruner(self) -> Pruner:
         """As `Model.pruner` gives it."""
         config = self.model.config
         if config.prune_mode == "absolute_threshold":

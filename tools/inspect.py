@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from model import Alive, Batch, Config, Decision, Dense, Output, Sequences, Step, layer_macs
+from model import Alive, Batch, Config, Decision, Dense, Output, Pruner, Sequences, Step, layer_macs
 from support.errors import InputError
 from tasks.base import Prepared, Record, pack_encoded
 from tools.predict import Predictor
@@ -25,10 +25,10 @@ from tools.predict import Predictor
 # Examples
 
 
-class AllScores(Dense):
+class AllScores(Pruner):
     """Decides as another pruner does, and scores the tokens of every layer."""
 
-    def __init__(self, pruner: Dense):
+    def __init__(self, pruner: Pruner):
         self.pruner = pruner
 
     def needs_scores(self, l: int, seqs: Sequences) -> bool:
