@@ -40,9 +40,10 @@ from support.settings import Settings  # noqa: E402
 from tasks import find_task, own_task  # noqa: E402
 from tasks.base import Source, Task  # noqa: E402
 from tasks.classification import evaluate_predictions  # noqa: E402
+from tasks.evaluation import evaluate, predict_logits  # noqa: E402
 from tasks.tokenizer import Tokenizer  # noqa: E402
 from tools.bench import Contender, measure_rows  # noqa: E402
-from train import Trainer, evaluate, predict_logits, scale_thresholds  # noqa: E402
+from train import Trainer, scale_thresholds  # noqa: E402
 
 BUDGETS = (0.5, 0.25)
 SHALLOW = {3: ((1, 2, 3), (1, 2, 6), (1, 3, 5)), 2: ((1, 2), (1, 6))}  # layers that a shallower model may consist of

@@ -28,8 +28,9 @@ from support.files import cached_name
 from support.process import Process
 from support.settings import PruningOptions, Settings, check_settings
 from tasks.base import Source, Task
+from tasks.evaluation import Evaluation, evaluate
 from tasks.tokenizer import Tokenizer
-from train import BUDGET_MARGIN, PRUNE_MODES, Evaluation, Result, Trainer, evaluate, scale_thresholds, train
+from train import BUDGET_MARGIN, PRUNE_MODES, Result, Trainer, scale_thresholds, train
 
 Show = Callable[[str], Any]
 Progress = Callable[..., Any]

@@ -22,8 +22,8 @@ from support.errors import InputError
 from support.files import write_file
 from support.process import Process
 from tasks.base import Source
+from tasks.evaluation import predict_logits
 from tasks.tokenizer import Tokenizer
-from train import predict_logits
 
 
 def ask_teacher(

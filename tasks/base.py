@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import Examples
+from data import IGNORED, Examples
 from model import Batch, Config, pack
 from support.errors import InputError
 from support.files import file_digest
@@ -44,6 +45,13 @@ def pack_encoded(encoded: list[Encoded]) -> Batch:
         [sequence.segment_ids for sequence in encoded],
         [sequence.question_length for sequence in encoded],
     )
+
+
+def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy, or squared error where there is one output. logits (K, C), targets (K,) -> ()."""
+    if logits.size(1) == 1:
+        return F.mse_loss(logits[:, 0].float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 @dataclass

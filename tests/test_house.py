@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "support.devices": {"support", "model"},
     "data": {"support", "model"},
     "tasks": {"support", "model", "data", "tasks"},
-    "train": {"support", "model", "data", "tasks.base"},
+    "train": {"support", "model", "data", "tasks.base", "tasks.evaluation"},
     "runs": {"support", "model", "data", "tasks", "train", "runs"},
     "tools": {"support", "model", "data", "tasks", "train", "runs", "tools"},
     "ltp": {"support", "model", "data", "tasks", "train", "runs", "tools"},

@@ -9,22 +9,21 @@ import torch
 from small_models import MODES, small_model
 from training import CLASSES, HEADS, examples, head_model, mode_model, task_of
 
-from model import Dense, Soft, keep_by_threshold, macs, threshold_ladder
+from model import Soft, keep_by_threshold, macs, threshold_ladder
 from support.process import Process
 from support.settings import Settings
 from tasks import find_task
+from tasks.base import task_loss
+from tasks.evaluation import evaluate
 from train import (
     Budget,
     Trainer,
     distillation_loss,
-    evaluate,
     is_better,
     make_optimizer,
     mask_sum,
-    predict_logits,
     rate_factor,
     scale_thresholds,
-    task_loss,
 )
 
 
@@ -184,40 +183,6 @@ def test_thresholds_do_not_fall_below_zero():
     for indices in trainer.batches():
         trainer.step(indices)
     assert (model.thresholds >= 0).all() and (model.thresholds == 0).any()
-
-
-# ---- evaluation ----
-
-
-def test_evaluation_counts_every_example_once_whatever_the_batch_size():
-    model, data = mode_model("hard"), examples(41)
-    one, _ = evaluate(model, CLASSES, {"": data}, Process(), batch_size=1)
-    many, logits = evaluate(model, CLASSES, {"": data}, Process(), batch_size=16)
-    small, _ = evaluate(model, CLASSES, {"": data}, Process(), max_tokens=70)
-    for other in (many, small):
-        assert (
-            one.metrics == other.metrics and one.kept == other.kept and one.relative_flops == other.relative_flops < 1
-        )
-        assert other.examples == 41 and one.loss == pytest.approx(other.loss, rel=1e-5)
-    rows, kept = predict_logits(model, data, Process(), 7)
-    with torch.inference_mode():
-        for i in (0, 20, 40):
-            output = model(data.batch([i]))
-            assert rows[i] == pytest.approx(output.logits[0].numpy(), abs=1e-5)
-            assert logits[""][i] == pytest.approx(rows[i], abs=1e-5)
-            assert kept[:, i].tolist() == output.kept[:, 0].tolist()
-    dense, _ = evaluate(model, CLASSES, {"": data}, Process(), pruner=Dense())
-    assert dense.relative_flops == 1 and dense.kept == [1.0] * 5 and dense.gflops == one.dense_gflops
-
-
-def test_two_evaluation_sets_give_metrics_each_and_one_score():
-    sets = {"": examples(9), "_mismatched": examples(8, seed=4)}
-    result, logits = evaluate(small_model(), CLASSES, sets, Process())
-    assert set(result.metrics) == {"accuracy", "macro_f1", "accuracy_mismatched", "macro_f1_mismatched"}
-    assert result.score == result.metrics["accuracy"] and result.examples == 17
-    assert [len(logits[suffix]) for suffix in sets] == [9, 8]
-    losses = [evaluate(small_model(), CLASSES, {"": examples}, Process())[0].loss for examples in sets.values()]
-    assert result.loss == pytest.approx((9 * losses[0] + 8 * losses[1]) / 17, rel=1e-5)
 
 
 # ---- budgets ----

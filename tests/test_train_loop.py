@@ -18,7 +18,8 @@ from support.process import Process
 from support.settings import Settings
 from tasks.base import Task
 from tasks.classification import Classification
-from train import Trainer, evaluate, train
+from tasks.evaluation import evaluate
+from train import Trainer, train
 
 
 class ListRun:

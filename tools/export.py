@@ -43,9 +43,9 @@ from support.onnx_file import BITS, FILES, GRAPH, open_file, pack_files, padded_
 from support.process import Process
 from tasks.answers import MAX_ANSWER_TOKENS
 from tasks.base import Source
+from tasks.evaluation import predict_logits
 from tasks.tokenizer import Tokenizer
 from tasks.windows import window_sizes
-from train import predict_logits
 
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
 OUTPUTS = ["logits", "kept"]

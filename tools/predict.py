@@ -22,9 +22,9 @@ from support.files import json_line, write_file
 from support.process import Process
 from tasks import task_for_head
 from tasks.base import Prepared, Reader, Record, pack_encoded
+from tasks.evaluation import by_sequence
 from tasks.readers import read_jsonl, read_records
 from tasks.tokenizer import Encoded
-from train import by_sequence
 
 
 def pruning_name(config: Config) -> str:
