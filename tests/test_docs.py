@@ -58,7 +58,8 @@ def test_commands_and_their_options_exist(page):
             name, *options = arguments[arguments.index(script) + 1 :]
             assert name in main.commands, name
             command = main.commands[name]
-            command.make_parser(click.Context(command)).parse_args(options)  # raises for an option that is not there
+            context = click.Context(command, parent=click.Context(main, **main.context_settings))
+            command.make_parser(context).parse_args(options)  # raises for an option that is not there
 
 
 def test_no_sentence_is_written_twice():
