@@ -191,7 +191,7 @@ class StepResult(NamedTuple):
     """The figures of one step."""
 
     loss: float  # mean over the global batch, without λ's part
-    relative_flops: float  # of the soft masks; 0 in other stages
+    soft_flops: float  # relative FLOPs by the soft masks; 0 in other stages
     stop: bool  # whether any process was asked to stop
 
 
@@ -410,31 +410,30 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
     Raises: InputError when loss or gradient are not finite any more; Interrupted after a signal, with the state saved.
     """
     best, losses, times = None, [], []
-    due = None  # of an evaluation that comes next: relative FLOPs of the last step's soft masks; None: none comes
     if state:
         trainer.load_state(state)
-        best, losses, due = state["best"], state["losses"], state.get("due")
+        best, losses, due, soft_flops = (state[name] for name in ("best", "losses", "due", "soft_flops"))
         state = None  # frees its copy of the model
+    else:
+        due, soft_flops = False, 0.0
     try:
-        if due is not None:  # the run was stopped on the way to this evaluation, or before its end
-            best = assess(trainer, dev_sets, run, best, losses, flops=due)
-            losses = []
+        if due:  # the run was stopped on the way to this evaluation, or before its end
+            best, losses = assess(trainer, dev_sets, run, best, losses, soft_flops), []
         for indices in trainer.batches():
             start = time.perf_counter()
             result = trainer.step(indices, stop=lambda: run.stop_signal is not None)
             times.append(time.perf_counter() - start)
             losses.append(result.loss)
             run.note(trainer, result.loss, best)
-            evaluates = trainer.completed == trainer.steps or trainer.completed % trainer.save_steps == 0
-            due = result.relative_flops if evaluates else None
-            if due is not None or result.stop:
+            due = trainer.completed == trainer.steps or trainer.completed % trainer.save_steps == 0
+            if due or result.stop:
                 # Saved before the evaluation: whatever ends the run during it, a resumed one begins with it.
-                run.save_state(trainer.state() | {"best": best, "losses": losses, "due": due})
+                progress = {"best": best, "losses": losses, "due": due, "soft_flops": result.soft_flops}
+                run.save_state(trainer.state() | progress)
             if result.stop:
                 raise interrupted(trainer, run)
-            if due is not None:
-                best = assess(trainer, dev_sets, run, best, losses, flops=due)
-                losses = []
+            if due:
+                best, losses = assess(trainer, dev_sets, run, best, losses, result.soft_flops), []
     except FloatingPointError as error:
         raise InputError(f"{error}. {run.last_checkpoint()}") from None
     median, mean = (float(f(times)) if times else math.nan for f in (np.median, np.mean))
@@ -453,7 +452,7 @@ def assess(
     run: Run,
     best: dict[str, Any] | None,
     losses: list[float],
-    flops: float,
+    soft_flops: float,
 ) -> dict[str, Any]:
     """Evaluates, has the run keep the checkpoint if it is the best, and returns the record of the best."""
 
@@ -461,7 +460,7 @@ def assess(
         if run.stop_signal is not None:
             raise interrupted(trainer, run)
 
-    record = evaluation_record(trainer, dev_sets, losses, flops, check)
+    record = evaluation_record(trainer, dev_sets, losses, soft_flops, check)
     saved = best is None or is_better(record, best, trainer.settings)
     run.record(trainer, record, saved)
     return record if saved else best
@@ -471,12 +470,12 @@ def evaluation_record(
     trainer: Trainer,
     dev_sets: dict[str, Examples],
     losses: list[float],
-    flops: float,
+    soft_flops: float,
     check: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Meets the target, evaluates, and describes both.
 
-    losses: of the steps since the last evaluation. flops: relative, of the last step's soft masks. check: see
+    losses: of the steps since the last evaluation. soft_flops: of the last step. check: see
     `predict_logits`. Raises: FloatingPointError for a loss that is not finite.
     """
     scale = trainer.meet_target()
@@ -491,7 +490,7 @@ def evaluation_record(
         "train_loss": sum(losses) / len(losses),
     }
     if trainer.stage == "soft":
-        record |= {"soft_relative_flops": flops, "lambda": trainer.regularization}
+        record |= {"soft_relative_flops": soft_flops, "lambda": trainer.regularization}
     if scale:
         record |= {"threshold_scale": scale}
     by_threshold = PRUNE_MODES[trainer.stage] == "absolute_threshold"

@@ -304,7 +304,7 @@ class RunFolder:
             lines = [
                 line
                 for line, record in read_log(self.log)
-                if record["event"] == "start" or record["step"] < state["step"] + (state.get("due") is None)
+                if record["event"] == "start" or record["step"] < state["step"] + (not state["due"])
             ]
             write_text(self.log, "".join(lines))
 
