@@ -43,7 +43,7 @@ def main() -> None:
     \b
     LTP:        finetune  ->  soft (learns the thresholds)  ->  hard (drops tokens, adapts the weights)
     Baselines:  finetune  ->  topk,   finetune  ->  manual
-    First try:  demo (needs no data and no network, takes a minute on a CPU)
+    First try:  demo (needs no data and no network, takes a minute or two on a CPU)
 
     `python ltp.py COMMAND --help` explains a command and its options.
     """
@@ -52,7 +52,7 @@ def main() -> None:
 @main.command()
 @demo_options
 def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
-    """Run the whole pipeline in miniature: no network, a minute on a CPU.
+    """Run the whole pipeline in miniature: no network, a minute or two on a CPU.
 
     Makes letters in which a few words matter, and trains a tokenizer and a small RoBERTa on them from scratch. Then
     runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each command line. DIR/index.html
