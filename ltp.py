@@ -41,8 +41,9 @@ def main() -> None:
     """Learned Token Pruning (LTP) makes a RoBERTa-class model cheaper: tokens that get little attention are dropped.
 
     \b
-    LTP:        finetune -> soft (learns thresholds) -> hard (drops tokens)
-    Baselines:  finetune -> topk,  finetune -> manual
+    LTP:        finetune  ->  soft (learns the thresholds)  ->  hard (drops tokens, adapts the weights)
+    Baselines:  finetune  ->  topk,   finetune  ->  manual
+    First try:  demo (needs no data and no network, takes a minute or two on a CPU)
 
     `python ltp.py COMMAND --help` explains a command and its options.
     """
@@ -51,26 +52,30 @@ def main() -> None:
 @main.command(section="First try")
 @demo_options
 def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
-    """Run the whole pipeline in miniature, in minutes on a CPU.
+    """Run the whole pipeline in miniature, in a minute or two on a CPU.
 
-    The demo needs no network. It makes reviews in which a few words matter, and trains a tokenizer and a small RoBERTa
-    on them from scratch. Then it runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each
-    command line.
+    The demo needs no network. It makes letters in which a few words matter, and trains a tokenizer and a small RoBERTa on them from scratch. Then
+    it runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each command line. DIR/index.html
+    shows the results.
     """
-    from support.console import evaluation_table, screen
+    from support.console import print_table, screen
 
     with screen() as (show, progress):
         show("loading ...")
         from tools.commands import start
-        from tools.demo import demo_rows, run_demo
+        from tools.demo import COLUMNS, demo_rows, result_rows, run_demo, write_page
         from tools.inspect import examine, print_examples
         from tools.predict import Predictor
 
         process = start(options, seed)
         rows = run_demo(output, seed, overwrite, process=process, show=show, progress=progress)
-    evaluation_table(rows)
+        records = [("example", row) for row in demo_rows(8, 2 * seed + 1)]  # the first of the evaluation set
+        examples = examine(Predictor(output / "hard", process), records)
+        write_page(output, rows, examples)
+    print_table(COLUMNS, result_rows(rows))
     click.echo("\nOne example, and what is left of it after each layer:")
-    print_examples(examine(Predictor(output / "hard", process), [("example", demo_rows(1, seed)[0])]))
+    print_examples(examples[:1])
+    click.echo(f"\nThe table, the figures and more examples: {output / 'index.html'}")
     click.echo(
         "\nOn real data (GLUE from the hub, or --data with your own files):\n"
         "  python ltp.py finetune --task MRPC --restore roberta-base\n"

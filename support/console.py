@@ -57,6 +57,14 @@ def new_table(left: tuple[str, ...], *names: str) -> Table:
     return table
 
 
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Prints rows of text on standard output. The first and the last column are aligned to the left."""
+    table = new_table((columns[0], columns[-1]), *columns)
+    for row in rows:
+        table.add_row(*row)
+    output_console().print(table)
+
+
 def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Prints evaluations one below the other on standard output: (title, fields of an `Evaluation`) each.
 

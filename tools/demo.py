@@ -1,10 +1,12 @@
-"""The demo: made-up reviews, a tokenizer and a model of their own, and every stage run as its command would.
+"""The demo: made-up letters, a tokenizer and a model of their own, and every stage run as its command would.
 
 The module imports little, so that the data can be made without torch.
 """
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import random
 from collections.abc import Callable
@@ -12,47 +14,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from support.errors import InputError
-from support.settings import STAGES, Settings, flag
+from support.settings import MAX_SEQ_LENGTH, STAGES, PruningOptions, Settings, flag, soft_target
 
 if TYPE_CHECKING:
     from support.process import Process
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: reviews in which a few words matter
+# Data: letters in which a few words matter, and the first line says which
 
-FILLER = """the a this that my our last next film meal hotel book train garden phone evening morning table window colour
-price road music story actor waiter room page ticket seat driver screen street river market letter cup chair lamp was
-were had came went stood looked felt seemed sat over under near behind before after during with without and then when
-while because although however mostly partly again once twice two three seven hundred people friends
-children family""".split()
-PRAISE = "excellent wonderful delightful superb charming".split()
-BLAME = "dreadful boring awful tedious clumsy".split()
+# Each aspect with its words of praise and of blame.
+ASPECTS = {
+    "food": ("delicious tasty fresh".split(), "bland greasy stale".split()),
+    "service": ("friendly polite attentive".split(), "rude slow careless".split()),
+    "rooms": ("spacious cosy bright".split(), "cramped dusty damp".split()),
+}
+PEOPLE = "we they people friends children".split()
+VERBS = "came went walked stood looked waited drove sat".split()
+PREPOSITIONS = "near behind under over before after".split()
+PLACES = "river street market station bridge window corner tower".split()
+FILLER = ["it", "was", "the", *PEOPLE, *VERBS, *PREPOSITIONS, *PLACES]
 
 
 def demo_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Synthetic reviews: filler words and a few verdicts, some of them negated by "not".
+    """Synthetic letters. The label is the verdict on the aspect that the letter begins with ("about food").
 
-    The label is "positive" where positive verdicts outnumber negative ones; ties do not occur. Only the verdicts and
-    their negations matter, so most tokens can go.
+    Verdicts on other aspects, 0 to 10, look the same: which word matters depends on the first line.
     """
     generator = random.Random(seed)
     rows = []
     for _ in range(count):
-        words = generator.choices(FILLER, k=generator.randint(8, 40))
-        balance = 0
-        for _ in range(generator.choice((1, 1, 1, 3))):
-            positive, negated = generator.random() < 0.5, generator.random() < 0.2
-            verdict = [generator.choice(PRAISE if positive else BLAME)]
-            position = generator.randrange(len(words))
-            while words[position - 1 : position] == ["not"]:  # do not part an earlier "not" from its verdict
-                position = generator.randrange(len(words))
-            words[position:position] = ["not", *verdict] if negated else verdict
-            balance += 1 if positive != negated else -1
-        rows.append({"text": " ".join(words) + ".", "label": "positive" if balance > 0 else "negative"})
+        aspect, *others = generator.sample(list(ASPECTS), len(ASPECTS))
+        positive = generator.random() < 0.5
+        verdicts = [(aspect, positive)]
+        for _ in range(generator.choice((0, 0, 1, 1, 2, 3, 6, 10))):
+            verdicts.append((generator.choice(others), generator.random() < 0.5))
+        sentences = [f"it was {generator.choice(ASPECTS[name][0 if good else 1])} ." for name, good in verdicts]
+        for _ in range(generator.choice((1, 1, 2, 3, 4, 6, 9))):
+            people, verb, preposition, place = map(generator.choice, (PEOPLE, VERBS, PREPOSITIONS, PLACES))
+            sentences.append(f"{people} {verb} {preposition} the {place} .")
+        generator.shuffle(sentences)
+        text = " ".join([f"about {aspect} :", *sentences])
+        rows.append({"text": text, "label": "positive" if positive else "negative"})
     return rows
 
 
-def write_demo(folder: Path, seed: int, train: int = 4000, dev: int = 500) -> None:
+def write_demo(folder: Path, seed: int, train: int = 4000, dev: int = 1000) -> None:
     """Writes train.jsonl and dev.jsonl, and a tokenizer trained on them (vocab.json, merges.txt)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -76,30 +82,30 @@ def write_demo(folder: Path, seed: int, train: int = 4000, dev: int = 500) -> No
 # Model and stages
 
 DEMO_CONFIG = dict(
-    hidden_size=96,
-    num_hidden_layers=6,
+    hidden_size=64,
+    num_hidden_layers=4,
     num_attention_heads=4,
-    intermediate_size=384,
-    max_position_embeddings=130,
+    intermediate_size=256,
+    max_position_embeddings=MAX_SEQ_LENGTH + 2,
     vocab_size=600,
     type_vocab_size=1,
     layer_norm_eps=1e-5,
+    initializer_range=0.08,
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
     labels=("negative", "positive"),
 )
-# Each stage, the one whose checkpoint it starts from, and its settings.
+BUDGET = {"learning_rate": 5e-4, "target_flops": 0.2}
+# Each stage, the one whose checkpoint it starts from, and its settings. From the same dense model, soft and hard
+# together train for as many epochs as either baseline. Top-k keeps as many tokens in each layer as hard.
 PLAN: tuple[tuple[str, str, dict[str, float]], ...] = (
-    ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 6.0}),
-    (
-        "soft",
-        "finetune",
-        {"learning_rate": 5e-4, "epochs": 2.0, "regularization": 0.05, "threshold_learning_rate": 1e-4},
-    ),
-    ("hard", "soft", {"learning_rate": 3e-4, "epochs": 1.0}),
-    ("topk", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}),
-    ("manual", "finetune", {"learning_rate": 3e-4, "epochs": 1.0}),
+    ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 4.0}),
+    ("soft", "finetune", BUDGET | {"epochs": 1.0}),
+    ("hard", "soft", BUDGET | {"epochs": 1.0}),
+    ("topk", "finetune", {"learning_rate": 5e-4, "epochs": 2.0}),
+    ("manual", "finetune", BUDGET | {"epochs": 2.0}),
 )
+BATCH_SIZE = 16
 SPEED_BATCH = 128  # speed is measured at this batch size
 
 
@@ -120,17 +126,22 @@ def run_demo(
     data = folder / "data"
     make_start(folder / "untrained", data, seed)
     source = Source(own_task(None, None, None, regression=False), data)
-    rows = []
+    results: dict[str, dict[str, Any]] = {}
     for stage, restore, changes in PLAN:
-        settings = Settings(**(STAGES[stage] | changes | {"seed": seed}))
+        changes = {"batch_size": BATCH_SIZE, **changes}
+        defaults = soft_target(MAX_SEQ_LENGTH) if stage == "soft" else {}
+        settings = Settings(**(STAGES[stage] | defaults | changes | {"seed": seed}))
+        options = " ".join(f"{flag(name)} {value}" for name, value in changes.items())
+        pruning = PruningOptions()
+        if stage == "topk":
+            pruning.keep_rates = [round(share, 3) for share in results["hard"]["kept"]]
+            options += " --keep-rates " + ",".join(map(str, pruning.keep_rates))
         start, output = folder / restore, folder / stage
-        options = " ".join(f"{flag(name)} {getattr(settings, name)}" for name in changes)
         show(f"\n$ python ltp.py {stage} --data {data} --restore {start} {options} --output {output}")
-        request = StageRequest(
-            stage=stage, restore=start, source=source, settings=settings, output=output, overwrite=overwrite
-        )
+        request = StageRequest(stage, start, source, settings, pruning, output, overwrite)
         _, result = run_stage(request, process, show=show, progress=progress)
-        rows.append((stage, dict(result.best)))
+        results[stage] = dict(result.best)
+    rows = list(results.items())
     add_speed(rows, folder, source, process=process)
     return rows
 
@@ -171,3 +182,62 @@ def add_speed(rows: list[tuple[str, dict[str, Any]]], folder: Path, source: Any,
         examples = source.load("dev", Tokenizer(folder / stage), config.max_seq_length, labels=config.labels)[0][""]
         speed = measure_speed(model, sorted_batches(examples, SPEED_BATCH), process)
         record["speedup"] = {str(SPEED_BATCH): speed.speedup}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results
+
+COLUMNS = ("stage", "accuracy", "relative FLOPs", f"speed at {SPEED_BATCH}", "kept after each layer")
+
+
+def result_rows(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, ...]]:
+    """The cells of the final table, a row a stage. The ± is one standard error."""
+    from tools.plot import standard_error
+
+    return [
+        (
+            stage,
+            f"{record['score']:.3f} ± {standard_error('accuracy', record['score'], record['examples']):.3f}",
+            f"{record['relative_flops']:.3f}",
+            f"{record['speedup'][str(SPEED_BATCH)]:.2f}x",
+            " ".join(f"{share:.2f}" for share in record["kept"]),
+        )
+        for stage, record in rows
+    ]
+
+
+def write_page(folder: Path, rows: list[tuple[str, dict[str, Any]]], examples: list[dict[str, Any]]) -> None:
+    """Writes index.html: the table, the figures and the examples of `hard`, without any other file."""
+    from support.files import write_text
+    from tools.inspect import page
+
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in (COLUMNS, *result_rows(rows))
+    )
+    inspected = html.escape(page(examples, {"name": str(folder / "hard"), "pruning": "hard"}))
+    write_text(
+        folder / "index.html",
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Learned Token Pruning: the demo</title>
+<style>body {{ font: 16px sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
+td {{ padding: .2em 1.2em .2em 0 }} svg {{ max-width: 100%; height: auto }}
+iframe {{ width: 100%; height: 900px; border: 1px solid #ccc }}</style>
+<h1>The demo</h1><table>{cells}</table>
+<h2>Accuracy against FLOPs</h2>{figure(folder, "tradeoff", [stage for stage, _ in rows if stage != "soft"])}
+<h2>Training</h2>{figure(folder, "curves", [stage for stage, _ in rows])}
+<h2>What is left of a letter</h2><iframe srcdoc="{inspected}" title="examples"></iframe></html>
+""",
+    )
+
+
+def figure(folder: Path, kind: str, stages: list[str]) -> str:
+    """A figure of tools/plot.py as SVG, or how to install what draws it."""
+    from tools.plot import PLOTS, read_runs, save_figure
+
+    try:
+        image = io.BytesIO()
+        save_figure(PLOTS[kind](read_runs([folder / stage for stage in stages])), image, "svg")
+    except InputError as error:
+        return f"<p>{html.escape(str(error))}</p>"
+    svg = image.getvalue().decode()
+    return svg[svg.index("<svg") :]

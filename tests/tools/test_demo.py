@@ -1,6 +1,7 @@
 """The demo's data, and the demo itself in a size for tests."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from test_ltp import refused, run
 import tools.demo
 from support.errors import InputError
 from support.process import Process
-from tools.demo import BLAME, DEMO_CONFIG, FILLER, PRAISE, demo_rows, run_demo, write_demo
+from tools.demo import ASPECTS, DEMO_CONFIG, FILLER, demo_rows, run_demo, write_demo
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,18 +23,19 @@ def test_the_data_are_made_without_torch():
     assert result.stdout == "False\n"
 
 
-def test_labels_follow_the_verdicts():
+def test_labels_follow_the_first_line():
     rows = demo_rows(500, seed=3)
     assert rows == demo_rows(500, seed=3) != demo_rows(500, seed=4)
+    verdicts = {word: (name, good) for name, words in ASPECTS.items() for good in (0, 1) for word in words[1 - good]}
+    seen = set()
     for row in rows:
-        words, balance = row["text"].rstrip(".").split(), 0
-        for i, word in enumerate(words):
-            if word in PRAISE or word in BLAME:
-                balance += (word in PRAISE) != (words[i - 1 : i] == ["not"]) or -1
-            else:
-                assert word in FILLER or word == "not"
-        assert row["label"] == ("positive" if balance > 0 else "negative") and balance != 0
-    assert {row["label"] for row in rows} == {"positive", "negative"} and any("not " in row["text"] for row in rows)
+        line, _, letter = row["text"].partition(" : ")
+        about, aspect = line.split()
+        told = [verdicts[word] for word in letter.split() if word in verdicts]
+        assert [good for name, good in told if name == aspect] == [row["label"] == "positive"]
+        assert about == "about" and all(word in verdicts or word in FILLER or word == "." for word in letter.split())
+        seen.add((aspect, row["label"]))
+    assert len(seen) == 2 * len(ASPECTS) and max(row["text"].count("it was") for row in rows) == 11
 
 
 def test_the_tokenizer_fits_the_model(tmp_path):
@@ -55,11 +57,23 @@ def test_demo_runs_every_stage(tmp_path, monkeypatch):
     assert all(0 < record["relative_flops"] <= 1 and record["speedup"]["128"] > 0 for _, record in evaluations)
     commands = [line for line in result.stderr.splitlines() if line.startswith("$")]
     assert [command.split()[3] for command in commands] == names and commands[1] == (
-        f"$ python ltp.py soft --data {folder / 'data'} --restore {folder / 'finetune'} --lr 0.0005 --epochs 2.0 "
-        f"--lambda 0.05 --lr-threshold 0.0001 --output {folder / 'soft'}"
+        f"$ python ltp.py soft --data {folder / 'data'} --restore {folder / 'finetune'} --batch-size 16 --lr 0.0005 "
+        f"--target-flops 0.2 --epochs 1.0 --output {folder / 'soft'}"
     )
-    for words in (*names, "speed at 128", "One example", "python ltp.py finetune --task MRPC"):
+    kept = ",".join(str(round(share, 3)) for share in dict(evaluations)["hard"]["kept"])
+    assert f"--epochs 2.0 --keep-rates {kept} " in commands[3]
+    for words in (
+        *names,
+        "speed at 128",
+        " ± 0.",
+        "One example",
+        f"{folder / 'index.html'}",
+        "python ltp.py finetune --task MRPC",
+    ):
         assert words in result.stdout, words
+    text = (folder / "index.html").read_text()
+    assert text.count("<svg") == 2 and not re.search("(src|href)=.(http|file|/)", text)
+    assert all(f"<td>{name}</td>" in text for name in names) and "<iframe srcdoc=" in text
     assert refused("demo", "--output", folder).endswith("is not empty; choose another or pass --overwrite")
     assert "holds something else than a demo" in refused("demo", "--output", tmp_path, "--overwrite")
     with pytest.raises(InputError, match="start it without torchrun"):

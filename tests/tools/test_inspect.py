@@ -20,7 +20,7 @@ from tools.inspect import describe_answer, examine, page, print_example, print_e
 from tools.predict import Predictor, pruning_name
 
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'> \"&'"
-TEXT = "the road was not excellent"
+TEXT = "the street was over fresh"
 
 
 def examine_texts(folder: Path, *texts: str) -> list[dict]:
@@ -119,7 +119,7 @@ def test_colour_and_answer():
 
 def test_terminal_picture(hard, demo, capsys):
     (example,) = examine_texts(hard, TEXT)
-    print_examples([example, *examine_texts(hard, "a table")])
+    print_examples([example, *examine_texts(hard, "it was")])
     output = capsys.readouterr().out
     rows = [line.split("│") for line in output.splitlines() if re.match(r" +\d │", line)]
     assert len(rows) == 8
