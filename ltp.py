@@ -54,9 +54,9 @@ def main() -> None:
 def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
     """Run the whole pipeline in miniature, in a minute or two on a CPU.
 
-    The demo needs no network. It makes letters in which a few words matter, and trains a tokenizer and a small RoBERTa on them from scratch. Then
-    it runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each command line. DIR/index.html
-    shows the results.
+    The demo needs no network. It makes letters in which a few words matter, and trains a tokenizer and a small RoBERTa
+    on them from scratch. Then it runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each
+    command line. DIR/index.html shows the results.
     """
     from support.console import print_table, screen
 
