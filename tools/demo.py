@@ -100,8 +100,8 @@ BUDGET = {"learning_rate": 5e-4, "target_flops": 0.2}
 # together train for as many epochs as either baseline. Top-k keeps as many tokens in each layer as hard.
 PLAN: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("finetune", "untrained", {"learning_rate": 1e-3, "epochs": 4.0}),
-    ("soft", "finetune", BUDGET | {"epochs": 1.0}),
-    ("hard", "soft", BUDGET | {"epochs": 1.0}),
+    ("soft", "finetune", BUDGET | {"epochs": 0.5}),
+    ("hard", "soft", BUDGET | {"epochs": 1.5}),
     ("topk", "finetune", {"learning_rate": 5e-4, "epochs": 2.0}),
     ("manual", "finetune", BUDGET | {"epochs": 2.0}),
 )
