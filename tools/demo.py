@@ -218,10 +218,11 @@ def write_page(folder: Path, rows: list[tuple[str, dict[str, Any]]], examples: l
     inspected = html.escape(page(examples, {"name": str(folder / "hard"), "pruning": "hard"}))
     write_text(
         folder / "index.html",
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Learned Token Pruning: the demo</title>
+        f"""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Learned Token Pruning: the demo</title>
 <style>body {{ font: 16px sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
 td {{ padding: .2em 1.2em .2em 0 }} svg {{ max-width: 100%; height: auto }}
-iframe {{ width: 100%; height: 900px; border: 1px solid #ccc }}</style>
+iframe {{ width: 100%; height: 700px; border: 1px solid #ccc }}</style>
 <h1>The demo</h1><table>{cells}</table>
 <h2>Accuracy against FLOPs</h2>{figure(folder, "tradeoff", [stage for stage, _ in rows if stage != "soft"])}
 <h2>Training</h2>{figure(folder, "curves", [stage for stage, _ in rows])}
