@@ -58,7 +58,7 @@ def test_demo_runs_every_stage(tmp_path, monkeypatch):
     commands = [line for line in result.stderr.splitlines() if line.startswith("$")]
     assert [command.split()[3] for command in commands] == names and commands[1] == (
         f"$ python ltp.py soft --data {folder / 'data'} --restore {folder / 'finetune'} --batch-size 16 --lr 0.0005 "
-        f"--target-flops 0.2 --epochs 1.0 --output {folder / 'soft'}"
+        f"--target-flops 0.2 --epochs 0.5 --output {folder / 'soft'}"
     )
     kept = ",".join(str(round(share, 3)) for share in dict(evaluations)["hard"]["kept"])
     assert f"--epochs 2.0 --keep-rates {kept} " in commands[3]
