@@ -207,9 +207,9 @@ def pack(
 class Sequences:
     """How B sequences lie in a flat run of T tokens. A pass makes it once, and again when tokens were dropped."""
 
-    # A grid of b sequences, the longest with n tokens, has an area of b · n² attention probabilities a head. The first
-    # number limits the area (a longer sequence gets a grid of its own), b times the second the part of it that is
-    # padding. Large grids leave a CPU's cache; a GPU wants few kernels.
+    # A grid of b sequences, the longest with n tokens, has b · n² attention probabilities a head. The first number limits
+    # them; a longer sequence gets a grid of its own. b times the second number limits how many of them are padding.
+    # Large grids leave a CPU's cache; a GPU wants few kernels.
     CPU_LIMITS = (40_000, 500)
     GPU_LIMITS = (2**24, 2**16)
 
@@ -777,8 +777,8 @@ class Model(nn.Module):
         """Answers for a batch.
 
         pruner: default, the one of the configuration. layout: what makes Sequences of lengths (an exporter has
-        another). A pass waits for the device for its first layout and for each later one: once a layer whose pruner
-        decides who survives, but for a classifier's last. Making a `Hard` waits once more.
+        another). A pass waits for the device once for its first layout, and once in each layer whose pruner decides who
+        survives; a classifier's last layer does not wait. Making a `Hard` waits once.
         """
         pruner = self.pruner() if pruner is None else pruner
         seqs = layout(batch.lengths)
@@ -792,7 +792,8 @@ class Model(nn.Module):
             first_only = last and exits is None  # a classifier's head reads the first tokens
             block = layer.first_attention_block if first_only else layer.attention_block
             presence = alive.share if pruner.masks_attention else None
-            x, received = block(x, seqs, presence, score=pruner.needs_scores(l, seqs))  # if first_only, x is now (B, D)
+            # From here on, if first_only: x (B, D) holds the first tokens; alive, scores and decision are of all tokens.
+            x, received = block(x, seqs, presence, score=pruner.needs_scores(l, seqs))
             scores = None if received is None else self.score(received, seqs)
             decision = pruner.decide(l, scores, alive, seqs)
             steps.append(Step(alive.tokens, scores, decision))
