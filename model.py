@@ -207,8 +207,8 @@ def pack(
 class Sequences:
     """How B sequences lie in a flat run of T tokens. A pass makes it once, and again when tokens were dropped."""
 
-    # A grid of b sequences, the longest with n tokens, has b · n² attention probabilities a head. The first number limits
-    # them; a longer sequence gets a grid of its own. b times the second number limits how many of them are padding.
+    # A grid of b sequences, the longest with n tokens, has b · n² attention probabilities a head. The first number
+    # limits them; a longer sequence gets a grid of its own. b times the second limits how many of them are padding.
     # Large grids leave a CPU's cache; a GPU wants few kernels.
     CPU_LIMITS = (40_000, 500)
     GPU_LIMITS = (2**24, 2**16)
@@ -392,8 +392,9 @@ class Pruner:
     ...         return Decision(seqs.sum(keep), keep)
     """
 
-    masks_attention = False  # soft masks act on the attention that later layers pay to a token, not on its state. Every
-    # layer must then be scored: only scored attention knows presences
+    # Soft masks act on the attention that later layers pay to a token, not on its state. Every layer must then be scored:
+    # only scored attention knows presences.
+    masks_attention = False
 
     def needs_scores(self, l: int, seqs: Sequences) -> bool:
         """Whether layer l must score its tokens."""
@@ -792,7 +793,7 @@ class Model(nn.Module):
             first_only = last and exits is None  # a classifier's head reads the first tokens
             block = layer.first_attention_block if first_only else layer.attention_block
             presence = alive.share if pruner.masks_attention else None
-            # From here on, if first_only: x (B, D) holds the first tokens; alive, scores and decision are of all tokens.
+            # If first_only, from here on: x (B, D) has the first tokens; alive, scores and decision are of all tokens.
             x, received = block(x, seqs, presence, score=pruner.needs_scores(l, seqs))
             scores = None if received is None else self.score(received, seqs)
             decision = pruner.decide(l, scores, alive, seqs)

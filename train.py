@@ -330,7 +330,8 @@ class Trainer:
     def meet_target(self) -> float | None:
         """Scales the thresholds to a FLOPs target: after the last step of `soft`, always in `hard` and `manual`.
 
-        Returns the factor, None without a target. `frozen_pruner` holds the same thresholds and need not be remade.
+        Returns the factor, None without a target. `frozen_pruner` holds the same tensor, and a factor above 0 leaves in
+        place which layers can drop: it need not be remade.
         """
         last = self.completed == self.steps
         if self.settings.target_flops and (self.stage in ("hard", "manual") or (self.stage == "soft" and last)):
