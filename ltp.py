@@ -79,8 +79,7 @@ def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
     click.echo(
         "\nOn real data (GLUE from the hub, or --data with your own files):\n"
         "  python ltp.py finetune --task MRPC --restore roberta-base\n"
-        "  python ltp.py soft     --task MRPC --restore checkpoints/base/MRPC/finetune/lr_2e-05\n"
-        "then hard, topk and manual as above."
+        "and then the command that it prints; hard, topk and manual as above."
     )
 
 
@@ -170,7 +169,7 @@ def sweep(**options: Any) -> None:
     CKPT is a model of `finetune`. Each model of the grid is trained as its own commands would train it, one after the
     other, in DIR/CELL/STAGE; the commands are shown. The same command again goes on where it was stopped, and skips
     finished models. A larger grid adds to a smaller one. DIR/results.jsonl has a line for each model, and
-    DIR/frontier.png is the figure (needs matplotlib).
+    DIR/frontier.png is the figure.
 
     At the end each model's speed is measured beside the dense model's. The machine should be idle then. Delete a cell's
     speed.json to measure it again.
@@ -186,9 +185,8 @@ def sweep(**options: Any) -> None:
         from support.files import write_file
         from tools.bench import BenchOptions, bench_checkpoint
         from tools.commands import make_source, start
-        from tools.plot import new_figure, plot_frontier, read_run, save_figure
+        from tools.plot import plot_frontier, read_run, save_figure
 
-        new_figure()  # fails without matplotlib, which is better now than after the training
         grid = {name: list(options[name]) for name in AXES}
         if not grid["target_flops"] and not grid["regularization"]:
             grid["target_flops"] = list(SWEEP_TARGETS)
@@ -352,8 +350,7 @@ def inspect(texts: tuple[str, ...], pairs: tuple[str, ...], **options: Any) -> N
 def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
     """Draw training curves, trade-offs or token counts of RUNs.
 
-    A RUN is the folder of a training or of a sweep, a result of `eval --json`, or a file of `predict --output`. Needs
-    matplotlib.
+    A RUN is the folder of a training or of a sweep, a result of `eval --json`, or a file of `predict --output`.
 
     \b
     --kind    what it draws                              of which RUNs

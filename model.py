@@ -392,8 +392,8 @@ class Pruner:
     ...         return Decision(seqs.sum(keep), keep)
     """
 
-    # Soft masks act on the attention that later layers pay to a token, not on its state. Every layer must then be scored:
-    # only scored attention knows presences.
+    # Soft masks act on the attention that later layers pay to a token, not on its state. Every layer must then be
+    # scored: only scored attention knows presences.
     masks_attention = False
 
     def needs_scores(self, l: int, seqs: Sequences) -> bool:

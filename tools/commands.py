@@ -109,4 +109,6 @@ def next_command(stage: str, folder: Path, options: dict[str, Any]) -> str:
     for name in names + (["target_flops", "distill"] if following == "hard" else []):
         if options[name]:
             words += [f"--{hyphens(name)}"] + ([] if options[name] is True else [str(options[name])])
+    if following == "soft":
+        words += ["--target-flops", "0.5", "--distill", str(folder)]
     return shlex.join([*words, "--restore", str(folder)])

@@ -232,13 +232,10 @@ iframe {{ width: 100%; height: 700px; border: 1px solid #ccc }}</style>
 
 
 def figure(folder: Path, kind: str, stages: list[str]) -> str:
-    """A figure of tools/plot.py as SVG, or how to install what draws it."""
+    """A figure of tools/plot.py as SVG."""
     from tools.plot import PLOTS, read_runs, save_figure
 
-    try:
-        image = io.BytesIO()
-        save_figure(PLOTS[kind](read_runs([folder / stage for stage in stages])), image, "svg")
-    except InputError as error:
-        return f"<p>{html.escape(str(error))}</p>"
+    image = io.BytesIO()
+    save_figure(PLOTS[kind](read_runs([folder / stage for stage in stages])), image, "svg")
     svg = image.getvalue().decode()
     return svg[svg.index("<svg") :]

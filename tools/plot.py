@@ -1,4 +1,4 @@
-"""Plots of runs, from the files that the commands write. It needs matplotlib.
+"""Plots of runs, from the files that the commands write.
 
 A `Run` holds what was read from one path: the folder of a run or of a sweep, an `eval --json` file, or answers of
 `predict`.
@@ -101,11 +101,8 @@ MARKERS = "osD^vPX"
 
 
 def new_figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Any, list[Any]]:
-    """A figure and its panels; width and height of one panel, in inches. Raises: InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise InputError("plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    """A figure and its panels; width and height of one panel, in inches."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]

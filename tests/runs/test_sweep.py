@@ -96,7 +96,6 @@ def refused(*words) -> str:
 
 
 def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dense, tmp_path):
-    pytest.importorskip("matplotlib")
     command = ["sweep", "--restore", dense, "--data", demo / "data", "--distill", dense]
     command += ["--epochs", 1, "--adapt-epochs", 1]
     command += ["--target-flops", 0.7, "--batch-size", 16, "--lr", 1e-3, "--output", tmp_path / "out"]

@@ -90,8 +90,10 @@ def test_the_next_command_has_the_same_data(tags, tmp_path):
     data = ("--data", tags.source.path, "--tagging", "--text-column", "words")
     short = ("--epochs", 0.1, "--output", tmp_path / "y")
     shown = run("finetune", *data, "--restore", tags.folder, *short).stdout
-    place = f"--data {tags.source.path} --text-column words --tagging --restore {tmp_path / 'y'}"
-    assert shown.splitlines()[-1] == f"Next: python ltp.py soft {place}"
+    place = f"--data {tags.source.path} --text-column words --tagging"
+    assert shown.splitlines()[-1] == (
+        f"Next: python ltp.py soft {place} --target-flops 0.5 --distill {tmp_path / 'y'} --restore {tmp_path / 'y'}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["questions", pytest.param("tags", marks=pytest.mark.slow)])

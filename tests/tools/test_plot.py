@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
@@ -28,7 +27,6 @@ from tools.plot import (
     save_figure,
 )
 
-pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[2]
 
 
@@ -273,10 +271,3 @@ def test_a_kind_that_does_not_fit_is_refused(runs):
     ):
         with pytest.raises(InputError, match=f"^{run.name}: this kind of plot shows .*; pass another --kind"):
             PLOTS[kind]([run])
-
-
-@pytest.mark.parametrize("kind", ["curves", "kept", "tradeoff"])
-def test_without_matplotlib_the_command_to_install_it_is_told(runs, monkeypatch, kind):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match="pip install matplotlib$"):
-        PLOTS[kind](read_runs([runs / "soft"]))
