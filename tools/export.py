@@ -387,7 +387,7 @@ def describe_agreement(
     else:
         axis = 0 if task.head == "span" else -1  # a question is answered by a token, a token by a class
         same = [np.array_equal(a.argmax(axis), b.argmax(axis)) for a, b in zip(logits, expected)]
-        answers = f"the same answer to {np.mean(same):.1%}"
+        answers = f"{np.mean(same):.1%} get the same answer"
     return "\n".join(
-        [*lines, f"as many tokens kept in each layer of {same_kept:.1%} of {len(examples):,} texts; {answers}"]
+        [*lines, f"{same_kept:.1%} of {len(examples):,} texts keep as many tokens in every layer; {answers}"]
     )

@@ -287,7 +287,7 @@ def test_export_tells_what_int8_costs(hard, demo, tmp_path):
     assert not output.exists()
     run("export", "--restore", hard, "--output", output, "--int8")
     kept, same = re.fullmatch(
-        r"as many tokens kept in each layer of (\S+)% of \d+ texts; the same answer to (\S+)%", lines[3]
+        r"(\S+)% of \d+ texts keep as many tokens in every layer; (\S+)% get the same answer", lines[3]
     ).groups()
     assert 50 < float(kept) <= 100 and 90 < float(same) <= 100
     for path, accuracy in zip((hard, output), accuracies):
