@@ -41,9 +41,8 @@ def main() -> None:
     """Learned Token Pruning (LTP) makes a RoBERTa-class model cheaper: tokens that get little attention are dropped.
 
     \b
-    LTP:        finetune  ->  soft (learns the thresholds)  ->  hard (drops tokens, adapts the weights)
-    Baselines:  finetune  ->  topk,   finetune  ->  manual
-    First try:  demo (needs no data and no network, takes a minute or two on a CPU)
+    LTP:        finetune -> soft (learns thresholds) -> hard (drops tokens)
+    Baselines:  finetune -> topk,  finetune -> manual
 
     `python ltp.py COMMAND --help` explains a command and its options.
     """
@@ -54,9 +53,9 @@ def main() -> None:
 def demo(output: Path, overwrite: bool, seed: int, **options: Any) -> None:
     """Run the whole pipeline in miniature, in a minute or two on a CPU.
 
-    The demo needs no network. It makes letters in which a few words matter, and trains a tokenizer and a small RoBERTa
-    on them from scratch. Then it runs finetune, soft, hard, topk and manual exactly as the commands do, and shows each
-    command line. DIR/index.html shows the results.
+    The demo needs no network. It writes short reviews in which a few words matter, and trains a tokenizer and a small
+    RoBERTa on them from scratch. Then it runs finetune, soft, hard, topk and manual exactly as the commands do, and
+    shows each command line. DIR/index.html shows the results.
     """
     from support.console import print_table, screen
 

@@ -1,4 +1,4 @@
-"""The demo: made-up letters, a tokenizer and a model of their own, and every stage run as its command would.
+"""The demo: made-up reviews, a tokenizer and a model of their own, and every stage run as its command would.
 
 The module imports little, so that the data can be made without torch.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from support.process import Process
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: letters in which a few words matter, and the first line says which
+# Data: reviews in which a few words matter, and the first words say which
 
 # Each aspect with its words of praise and of blame.
 ASPECTS = {
@@ -36,9 +36,9 @@ FILLER = ["it", "was", "the", *PEOPLE, *VERBS, *PREPOSITIONS, *PLACES]
 
 
 def demo_rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Synthetic letters. The label is the verdict on the aspect that the letter begins with ("about food").
+    """Synthetic reviews. The label is the verdict on the aspect that the review begins with ("about food").
 
-    Verdicts on other aspects, 0 to 10, look the same: which word matters depends on the first line.
+    Verdicts on other aspects, 0 to 10, look the same: which word matters depends on the first words.
     """
     generator = random.Random(seed)
     rows = []
@@ -226,7 +226,7 @@ iframe {{ width: 100%; height: 700px; border: 1px solid #ccc }}</style>
 <h1>The demo</h1><table>{cells}</table>
 <h2>Accuracy against FLOPs</h2>{figure(folder, "tradeoff", [stage for stage, _ in rows if stage != "soft"])}
 <h2>Training</h2>{figure(folder, "curves", [stage for stage, _ in rows])}
-<h2>What is left of a letter</h2><iframe srcdoc="{inspected}" title="examples"></iframe></html>
+<h2>What is left of a review</h2><iframe srcdoc="{inspected}" title="examples"></iframe></html>
 """,
     )
 
