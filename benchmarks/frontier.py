@@ -100,7 +100,7 @@ class Bench:
         torch.manual_seed(self.settings.seed)
         evaluation, logits = evaluate(model, self.task, self.dev_sets, self.process, pruner=pruner)
         answers = np.stack(logits[""])
-        answers = answers[:, 0].round(4) if self.task.regression else answers.argmax(1)
+        answers = answers[:, 0].astype(float).round(4) if self.task.regression else answers.argmax(1)
         return asdict(evaluation) | {"thresholds": model.thresholds.tolist(), "answers": answers.tolist()}
 
 
