@@ -725,11 +725,10 @@ class Embeddings(nn.Module):
         """
         counted = batch.token_ids != self.padding
         up_to_here = counted.cumsum(0)  # in the whole batch
-        first_tokens = (
-            torch.arange(counted.size(0), device=counted.device) - batch.positions
-        )  # of each token's sequence
-        before_sequence = (up_to_here - counted.long())[first_tokens]
-        return self.padding + counted * (up_to_here - before_sequence)
+        # The place of each token's first token, and the count before that sequence.
+        first = torch.arange(counted.size(0), device=counted.device) - batch.positions
+        before = (up_to_here - counted.long())[first]
+        return self.padding + counted * (up_to_here - before)
 
 
 class Step(NamedTuple):
