@@ -93,7 +93,7 @@ def shop(demo, tmp_path, monkeypatch) -> Path:
 
 
 def small(name: str, options: list[str]) -> list[str]:
-    """The same command, with the shop's data, one short epoch, and the page's name of the checkpoint as its output."""
+    """The same command, with the shop's data, half an epoch, and the page's name of the checkpoint as its output."""
     if "MRPC" in options and "--data" not in options:
         options = [*options, "--data", "glue"]
     if name in ("finetune", "soft", "hard", "topk", "manual", "sweep"):
