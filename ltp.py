@@ -272,7 +272,7 @@ def bench(**options: Any) -> None:
 
     "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. In the
     last layer a classifier computes the first token alone, with and without pruning. The formula of `eval` leaves that
-    saving out, and the dense model gains more by it: "done" is the reduction with the saving counted on both sides.
+    saving out, and the dense model gains more by it: "done" is the reduction of what is computed, that saving included.
     """
     if bool(options["lengths"]) == bool(options["task"] or options["data"]):
         raise click.UsageError("pass --task or --data, or else --lengths")
@@ -376,8 +376,10 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
     from tools.plot import PLOTS, natural_kind, read_runs, save_figure
 
     records = read_runs(list(runs))
-    figure = PLOTS[kind or natural_kind(records)](records)
+    kind = kind or natural_kind(records)
+    figure = PLOTS[kind](records)
     write_file(output, lambda path: save_figure(figure, path, suffix))
+    click.echo(f"{output}: {kind}")
 
 
 @main.command(section="Use a model")

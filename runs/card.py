@@ -81,7 +81,7 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
             f"---\n{metadata.to_yaml()}\n---\n\n{MARK}\n\n# {name}\n",
             summary(config, header, record),
             layer_table(record),
-            usage(config),
+            usage(config, has_pairs(header)),
         )
         write_text(path, "\n".join(sections))
 
@@ -165,9 +165,16 @@ def layer_table(record: dict[str, Any]) -> str:
     return "\n".join((title, "", heading, line, *rows, ""))
 
 
-def usage(config: Config) -> str:
-    """How to load the model, pruned and dense."""
+def has_pairs(header: dict[str, Any]) -> bool:
+    """Whether the run's examples are pairs of texts."""
+    task = TASKS.get(header.get("task", ""))
+    return bool(task.pair if task and task.head == "sequence" else header.get("columns", [None] * 3)[1])
+
+
+def usage(config: Config, pairs: bool) -> str:
+    """How to load the model, pruned and dense. pairs: a classifier answers for pairs of texts."""
     _, hub_class, texts = HEADS[config.head]
+    texts += ' --pair "another"' if pairs and config.head == "sequence" else ""
     return f"""## How to use it
 
 With the tokens dropped, by `ltp.py` of the project that trained it (Learned Token Pruning,

@@ -58,6 +58,7 @@ def ask_teacher(
             return load_file(path)["logits"]
         except (SafetensorError, KeyError) as error:
             raise InputError(f"{path}: the teacher's answers in the cache are damaged ({error}); remove it") from None
+    show(f"the teacher answers {len(examples):,} training examples")
     teacher = for_inference(teacher, process)
     rows = predict_logits(teacher, examples, process, batch_size=batch_size, pruner=Dense())[0]
     logits = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))

@@ -272,11 +272,13 @@ def make_record(head: str, texts: list[str]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answers texts with an exported model, without PyTorch.")
-    parser.add_argument("model", help="what `ltp.py export` wrote")
-    parser.add_argument("texts", nargs="*", help="a text, two, or a question and its context; none: JSON on stdin")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: one for each core")
-    help_text = "a question whose no_answer_score is above it gets an empty answer; default: none does"
-    parser.add_argument("--no-answer-threshold", type=float, help=help_text)
+    parser.add_argument("model", help="file that `ltp.py export` wrote")
+    parser.add_argument(
+        "texts", nargs="*", help="a text, a pair of texts, or a question and its context; none: JSON lines on stdin"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: one for each core")
+    help_text = "give questions whose no_answer_score is above it an empty answer; default: none"
+    parser.add_argument("--no-answer-threshold", metavar="SCORE", type=float, help=help_text)
     options = parser.parse_intermixed_args()
     # UTF-8 cannot hold half a surrogate pair, which an id may: it becomes the escape that JSON has.
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

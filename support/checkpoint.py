@@ -205,6 +205,7 @@ def find_model(name: str, option: str = "--restore") -> Path:
     if Path(name).exists() or not hub_name:
         return Path(name)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, revision = hub_name.groups()
     patterns = ["*.json", "*.txt", "model*.safetensors"]
@@ -214,7 +215,11 @@ def find_model(name: str, option: str = "--restore") -> Path:
             patterns.append("pytorch_model*.bin")
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
         return folder
-    except Exception as error:  # offline, unknown or private: the library's errors have no common class
+    except LocalEntryNotFoundError:
+        raise InputError(
+            f"{option} {name}: no such folder here, nor a copy of it from the hub, which cannot be reached"
+        ) from None
+    except Exception as error:  # unknown or private: the library's errors have no common class
         raise InputError(
             f"{option} {name}: no such folder here, and the hub gave no model of that name"
             f"{' and revision' if revision else ''} ({type(error).__name__})"

@@ -105,7 +105,7 @@ def speed_table(result: dict[str, Any]) -> None:
     """
     rows = result["rows"]
     bops = ("rel. BOPs",) if any(row["relative_bops"] != row["relative_flops"] for row in rows) else ()
-    columns = ("batch", "", "MB", "ms per batch", "p95", "examples/s", "FLOPs", *bops, "done", "speed-up")
+    columns = ("batch", "", "MB", "ms per batch", "p95", "examples/s", "fewer FLOPs", *bops, "done", "speed-up")
     table = new_table(("",), *columns, "FLOPs into time")
     sizes = [row["batch_size"] for row in rows]
     for row, before in zip(rows, [None, *sizes]):
@@ -129,10 +129,11 @@ def speed_table(result: dict[str, Any]) -> None:
 
 def conditions_line(c: dict[str, Any]) -> str:
     """What was measured, on what, and how, in one line. c: the conditions of `bench --json`."""
+    threads = "1 thread" if c["threads"] == 1 else f"{c['threads']} threads"
     lengths = ", ".join(f"{share} of them at most {n:.0f}" for share, n in c["length_quantiles"].items())
     return (
         f"{c['checkpoint']} ({c['pruning']}) on {c['examples']} examples of {c['data']}, {c['mean_length']:.1f} tokens "
-        f"on average ({lengths}). {c['device']}, {c['precision']}, {c['threads']} threads, torch {c['torch']}"
+        f"on average ({lengths}). {c['device']}, {c['precision']}, {threads}, torch {c['torch']}"
         f"{', onnxruntime ' + c['onnxruntime'] if 'onnxruntime' in c else ''}; "
         f"{c['statistic']} of {c['repeats']} passes; {c['peak_memory_bytes'] / 2**20:.0f} MiB at the peak"
     )

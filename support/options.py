@@ -232,9 +232,9 @@ STAGE_HELP = {
     """,
     "soft": f"""Learn thresholds and weights together (first stage of LTP).
 
-    Each layer's output is multiplied by the soft mask σ((score - θ) / τ). The loss gets λ · (share of tokens kept,
-    summed over the layers). This stage drops no token, so it costs as much as fine-tuning; its evaluations drop tokens
-    as inference does. Run `hard` next.
+    A soft mask σ((score - θ) / τ) multiplies each token's state, or the attention that others pay to it
+    (--mask-attention). The loss gets λ · (share of tokens kept, summed over the layers). No token is dropped, so this
+    stage costs as much as fine-tuning. Its evaluations drop tokens as inference does. Run `hard` next.
 
     With --target-flops, training finds λ, which then weighs the FLOPs. The thresholds start where they meet the target,
     and are scaled to it once more at the end. Other defaults change: at 128 tokens to {TARGET_SETTINGS}, at other

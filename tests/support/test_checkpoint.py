@@ -146,7 +146,7 @@ def test_hub_names_with_a_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("somebody/reviews@v1.0", f"somebody/reviews@{'a' * 40}"):
         assert load_config(find_model(name)).num_hidden_layers == 5
-    with pytest.raises(InputError, match="gave no model of that name [(]"):
+    with pytest.raises(InputError, match="cannot be reached$"):
         find_model("somebody/reviews")  # there is no main
 
 
@@ -154,7 +154,7 @@ def test_unknown_hub_names_are_one_line(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    message = "--restore nobody/nothing@v2: no such folder here, and the hub gave no model of that name and revision"
+    message = "--restore nobody/nothing@v2: no such folder here, nor a copy of it from the hub, which cannot be reached"
     with pytest.raises(InputError, match=re.escape(message)):
         find_model("nobody/nothing@v2")
     with pytest.raises(InputError, match="^--distill nobody/nothing: no such folder"):

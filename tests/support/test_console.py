@@ -63,12 +63,12 @@ def test_speeds_and_their_conditions(capsys):
     speed_table({"rows": [ROW, PRUNED], "conditions": CONDITIONS})
     out = capsys.readouterr().out
     header, *rows = table_cells(out)
-    columns = "batch  MB ms.per.batch p95 examples/s FLOPs done speed-up FLOPs.into.time".split(" ")
+    columns = "batch  MB ms.per.batch p95 examples/s fewer.FLOPs done speed-up FLOPs.into.time".split(" ")
     assert header == [name.replace(".", " ") for name in columns]
     assert rows[0] == ["8", "dense", "91.0", "1000.00", "1250.00", "8.0", "1.00x", "1.00x", "1.00x", ""]
     assert rows[1] == ["", "pruned", "91.0", "500.00", "750.00", "16.0", "2.50x", "2.25x", "2.00x", "0.80"]
     told = "runs/hard (hard) on 41 examples of dev.jsonl, 30.2 tokens on average (50% of them at most 28"
-    assert told in out and "fp32, 1 threads" in out and out.endswith("3 MiB at the peak\n")
+    assert told in out and "fp32, 1 thread," in out and out.endswith("3 MiB at the peak\n")
     assert "onnxruntime" not in out
 
 
@@ -77,7 +77,7 @@ def test_speeds_of_files_in_int8_have_bit_operations(capsys):
     speed_table({"rows": sizes, "conditions": CONDITIONS | {"onnxruntime": "1.9"}})
     out = capsys.readouterr().out
     header, *rows = table_cells(out)
-    assert header[6:9] == ["FLOPs", "rel. BOPs", "done"]
+    assert header[6:9] == ["fewer FLOPs", "rel. BOPs", "done"]
     assert rows[0][6:8] == ["1.00x", "1.000"] and rows[1][6:8] == ["2.50x", "0.025"]
     assert rows[1][1:3] == ["int8.onnx", "60.0"] and rows[1][-2:] == ["4.00x", ""]
     assert [row[0] for row in rows] == ["1", "", "8", ""] and "torch 2.0, onnxruntime 1.9;" in out
