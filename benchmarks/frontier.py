@@ -3,15 +3,17 @@
 python benchmarks/frontier.py train --task MRPC --data GLUE --restore MODEL --lr 1e-4 --seed 42 --output frontier
 python benchmarks/frontier.py speed --task MRPC --data GLUE --restore MODEL frontier/MRPC-42.jsonl
 python benchmarks/frontier.py compare --task MRPC --data GLUE --restore MODEL frontier/MRPC-??.jsonl
+python benchmarks/frontier.py draw --output frontier.png frontier/*-??.jsonl
 
 Each seed fine-tunes a dense model first. It is where every method starts, and the teacher of all. The records of a task
 and a seed are the lines of OUTPUT/TASK-SEED.jsonl, with the answers to the evaluation examples. The same command again
 trains what the file does not hold yet. `speed` times the models of one seed, if `train --keep-models` wrote them.
-`compare` takes means over the files' seeds, intervals of differences, and the first file's speeds.
+`compare` takes means over the files' seeds, intervals of differences, and the first file's speeds. `draw` draws them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -43,10 +45,20 @@ from tasks.classification import evaluate_predictions  # noqa: E402
 from tasks.evaluation import evaluate, predict_logits  # noqa: E402
 from tasks.tokenizer import Tokenizer  # noqa: E402
 from tools.bench import Contender, measure_rows  # noqa: E402
+from tools.plot import draw_dense, draw_legend, line_style, new_figure, save_figure  # noqa: E402
 from train import Trainer, scale_thresholds  # noqa: E402
 
 BUDGETS = (0.5, 0.25)
-SHALLOW = {3: ((1, 2, 3), (1, 2, 6), (1, 3, 5)), 2: ((1, 2), (1, 6))}  # layers that a shallower model may consist of
+SHALLOW = ("1+2+3", "1+2+6", "1+3+5", "1+2", "1+6")  # layers that a shallower model may consist of
+TITLES = {  # of the methods in the figure
+    "ltp": "LTP",
+    "fixed": "LTP's start, not learned",
+    "manual": "manual, l / L",
+    "topk": "top-k at LTP's rates",
+    "random": "random at LTP's rates",
+    "shallow": "fewer layers",
+    "shallow-ltp": "fewer layers, with LTP",
+}
 
 
 class RandomDrop(TopK):
@@ -108,9 +120,9 @@ class Bench:
 # The methods. Each makes a model of the dense one, and the pruner that it needs if that is not the model's own
 
 
-def learned(bench: Bench, target: float, soft_epochs: float) -> Model:
-    """LTP. With 0 epochs of `soft`, its starting thresholds stay as they are."""
-    model = prunable(bench, starting_thresholds(len(bench.student().layers), target), target)
+def learned(bench: Bench, model: Model, target: float, soft_epochs: float) -> Model:
+    """LTP, from a dense model. With 0 epochs of `soft`, its starting thresholds stay as they are."""
+    set_thresholds(bench, model, starting_thresholds(len(model.layers), target), target)
     if soft_epochs:
         soft = usual_settings("soft", target, model.config)
         bench.train(model, "soft", target_flops=target, **(soft | {"epochs": soft_epochs}))
@@ -119,16 +131,15 @@ def learned(bench: Bench, target: float, soft_epochs: float) -> Model:
 
 def manual(bench: Bench, target: float) -> Model:
     """Fixed thresholds that grow as l / L."""
-    ladder = threshold_ladder(0.01, len(bench.student().layers))
-    return bench.train(prunable(bench, ladder, target), "manual", target_flops=target, epochs=bench.epochs)
-
-
-def prunable(bench: Bench, thresholds: Tensor, target: float) -> Model:
-    """The dense model with some thresholds, scaled to the target."""
     model = bench.student()
+    set_thresholds(bench, model, threshold_ladder(0.01, len(model.layers)), target)
+    return bench.train(model, "manual", target_flops=target, epochs=bench.epochs)
+
+
+def set_thresholds(bench: Bench, model: Model, thresholds: Tensor, target: float) -> None:
+    """Gives the model thresholds, scaled to the target."""
     model.thresholds.data = thresholds
     scale_thresholds(model, bench.train_set, target, process=bench.process)
-    return model
 
 
 def by_rates(bench: Bench, rates: list[float]) -> Model:
@@ -144,36 +155,49 @@ def at_random(bench: Bench, rates: list[float]) -> tuple[Model, Dense]:
     return bench.train(bench.student(), "topk", pruner, epochs=bench.epochs), pruner
 
 
-def shallow(bench: Bench, layers: tuple[int, ...]) -> Model:
-    """A dense model of some of the layers, counted from 1."""
+def shallow(bench: Bench, names: str) -> Model:
+    """A model of some of the dense model's layers, by their numbers from 1. It is not trained yet."""
     whole = bench.student()
+    layers = [whole.layers[int(name) - 1] for name in names.split("+")]
     model = Model(replace(whole.config, num_hidden_layers=len(layers)))
-    model.embeddings, model.head = whole.embeddings, whole.head
-    model.layers = torch.nn.ModuleList(whole.layers[l - 1] for l in layers)
-    return bench.train(model, "finetune", epochs=bench.epochs)
+    model.embeddings, model.head, model.layers = whole.embeddings, whole.head, torch.nn.ModuleList(layers)
+    return model
 
 
 def cells(
-    bench: Bench, methods: list[str], budgets: list[float], soft_epochs: list[float], rates: Callable
+    bench: Bench, methods: list[str], budgets: list[float], soft_epochs: list[float], layers: list[str], rates: Callable
 ) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Model, Dense | None]]]]:
-    """What names each cell, and the function that trains it. rates: gives the rates of LTP at a budget."""
+    """What names each cell, and the function that trains it.
+
+    rates: gives the rates of LTP at a budget.
+
+    Train a cell before the next one is asked for.
+    """
     for target in budgets:
         if "ltp" in methods:
             for count in soft_epochs:
                 name = {"method": "ltp", "target": target, "soft_epochs": count}
-                yield name, lambda target=target, count=count: (learned(bench, target, count), None)
+                yield name, lambda: (learned(bench, bench.student(), target, count), None)
         if "fixed" in methods:
-            yield {"method": "fixed", "target": target}, lambda target=target: (learned(bench, target, 0), None)
+            name = {"method": "fixed", "target": target}
+            yield name, lambda: (learned(bench, bench.student(), target, 0), None)
         if "manual" in methods:
-            yield {"method": "manual", "target": target}, lambda target=target: (manual(bench, target), None)
+            yield {"method": "manual", "target": target}, lambda: (manual(bench, target), None)
         if "topk" in methods:
-            yield {"method": "topk", "target": target}, lambda target=target: (by_rates(bench, rates(target)), None)
+            yield {"method": "topk", "target": target}, lambda: (by_rates(bench, rates(target)), None)
         if "random" in methods:
-            yield {"method": "random", "target": target}, lambda target=target: at_random(bench, rates(target))
+            yield {"method": "random", "target": target}, lambda: at_random(bench, rates(target))
     if "shallow" in methods:
-        for layers in (layers for choices in SHALLOW.values() for layers in choices):
-            name = {"method": "shallow", "layers": "+".join(map(str, layers))}
-            yield name, lambda layers=layers: (shallow(bench, layers), None)
+        for names in layers:
+            name, model = {"method": "shallow", "layers": names}, shallow(bench, names)
+            yield name, lambda: (bench.train(model, "finetune", epochs=bench.epochs), None)
+    if "shallow-ltp" in methods:
+        for names, target, count in itertools.product(layers, budgets, soft_epochs):
+            model = shallow(bench, names)
+            of_rest = target * len(bench.student().layers) / len(model.layers)
+            if of_rest < 1:
+                name = {"method": "shallow-ltp", "layers": names, "target": target, "soft_epochs": count}
+                yield name, lambda: (learned(bench, model, of_rest, count), None)
     if "longer" in methods:
         yield {"method": "longer"}, lambda: (bench.train(bench.student(), "finetune", epochs=bench.epochs), None)
 
@@ -258,6 +282,7 @@ def find_source(task: str | None, data: Path) -> Source:
 @click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
 @click.option("--method", "methods", multiple=True, default=["ltp", "fixed", "manual", "topk", "random", "longer"])
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
+@click.option("--layers", default=SHALLOW, multiple=True, show_default=True, help="Those of a shallower model.")
 @click.option("--keep-models", is_flag=True, help="Write each model, to measure its speed.")
 @click.option("--seed", default=42, show_default=True)
 @click.option("--threads", default=1, show_default=True)
@@ -287,7 +312,8 @@ def train(**options: Any) -> None:
     done = [record["name"] for record in read_records(path)]
     if "dense" not in done:
         add({"name": "dense", "method": "dense"}, bench.student(), Dense())
-    for cell, make in cells(bench, options["methods"], options["budgets"], options["soft_epochs"], rates):
+    choices = (options[name] for name in ("methods", "budgets", "soft_epochs", "layers"))
+    for cell, make in cells(bench, *choices, rates):
         name = "-".join(str(value) for value in cell.values())
         if name not in done:
             model, pruner = make()
@@ -377,11 +403,42 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
         cells = [seed[name] for seed in seeds]
         metrics = " / ".join(f"{100 * np.mean([c['metrics'][m] for c in cells]):.1f}" for m in cells[0]["metrics"])
         flops = np.mean([cell["relative_flops"] for cell in cells])
-        rival = ltp.get(cells[0].get("target"))
+        rival = ltp.get(cells[0].get("target", round(flops, 2)))  # of a shallower model: at the share of its layers
         faster = ", ".join(f"{value:.2f}x" for value in speeds.get(name, {}).values())
         less = (difference(name, "dense"), difference(name, rival) if rival else "")
         row = (name, metrics, f"{flops:.3f}", faster, *less)
         click.echo(f"| {' | '.join(row)} |")
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+def draw(output: Path, files: tuple[Path, ...]) -> None:
+    """Draws the first metric against relative FLOPs, a panel a task: means over seeds, and small marks for each."""
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        tasks.setdefault(file.stem.rsplit("-", 1)[0], []).extend(read_records(file))
+    figure, panels = new_figure(1, len(tasks), 4.2)
+    for panel, (task, records) in zip(panels, tasks.items()):
+        metric = next(iter(records[0]["metrics"]))
+        dense = [record for record in records if record["method"] == "dense"]
+        mean = float(np.mean([record["metrics"][metric] for record in dense]))
+        bottom = draw_dense(panel, dense[0] | {"metrics": {metric: mean}}, metric) * 0.75
+        for i, (method, title) in enumerate(TITLES.items()):
+            groups: dict[str, list[tuple[float, float]]] = {}
+            for record in records:
+                if record["method"] == method:
+                    point = record["relative_flops"], max(bottom, record["metrics"][metric])
+                    groups.setdefault(record["name"], []).append(point)
+            if groups:
+                panel.plot(
+                    *zip(*sorted(tuple(np.mean(points, 0)) for points in groups.values())), label=title, **line_style(i)
+                )
+                points = [point for points in groups.values() for point in points]
+                panel.plot(*zip(*points), linestyle="", markersize=2.5, alpha=0.6, **line_style(i))
+        panel.set(title=task, xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
+    draw_legend(figure, panels)
+    save_figure(figure, output, "png")
 
 
 if __name__ == "__main__":
