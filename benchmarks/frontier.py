@@ -425,17 +425,15 @@ def draw(output: Path, files: tuple[Path, ...]) -> None:
         mean = float(np.mean([record["metrics"][metric] for record in dense]))
         bottom = draw_dense(panel, dense[0] | {"metrics": {metric: mean}}, metric) * 0.75
         for i, (method, title) in enumerate(TITLES.items()):
-            groups: dict[str, list[tuple[float, float]]] = {}
+            points: dict[str, list[tuple[float, float]]] = {}  # of each cell, all seeds
             for record in records:
                 if record["method"] == method:
                     point = record["relative_flops"], max(bottom, record["metrics"][metric])
-                    groups.setdefault(record["name"], []).append(point)
-            if groups:
-                panel.plot(
-                    *zip(*sorted(tuple(np.mean(points, 0)) for points in groups.values())), label=title, **line_style(i)
-                )
-                points = [point for points in groups.values() for point in points]
-                panel.plot(*zip(*points), linestyle="", markersize=2.5, alpha=0.6, **line_style(i))
+                    points.setdefault(record["name"], []).append(point)
+            if points:
+                style, means = line_style(i), sorted(tuple(np.mean(seeds, 0)) for seeds in points.values())
+                panel.plot(*zip(*means), label=title, **style)
+                panel.plot(*zip(*itertools.chain(*points.values())), linestyle="", markersize=2.5, alpha=0.6, **style)
         panel.set(title=task, xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
     draw_legend(figure, panels)
     save_figure(figure, output, "png")
