@@ -270,9 +270,9 @@ def bench(**options: Any) -> None:
     Speed-ups are over the dense checkpoint, or over the file where --restore names one. MB are those of the weights on
     disk.
 
-    "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. In the
-    last layer a classifier computes the first token alone, with and without pruning. The formula of `eval` leaves that
-    saving out, and the dense model gains more by it: "done" is the reduction of what is computed, that saving included.
+    "FLOPs into time" is the measured speed-up divided by the reduction of FLOPs, counted as `eval` counts them. That
+    count leaves out one saving: in the last layer a classifier computes the first token alone, with and without
+    pruning. "computed" is the reduction with that saving. It is smaller, since the dense model saves more there.
     """
     if bool(options["lengths"]) == bool(options["task"] or options["data"]):
         raise click.UsageError("pass --task or --data, or else --lengths")

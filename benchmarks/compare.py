@@ -52,7 +52,7 @@ def mrpc_like_lengths(count: int, seed: int) -> list[int]:
     return np.clip(np.round(drawn), 20, 103).astype(int).tolist()
 
 
-def done_macs(config: Config, lengths: Tensor, kept: Tensor) -> float:
+def computed_macs(config: Config, lengths: Tensor, kept: Tensor) -> float:
     """Multiply-accumulates that are computed: those of the formula less what the last layer saves."""
     entering = torch.cat([lengths[None], kept])[-2]
     return float((macs(config, lengths, kept) - last_layer_saving(config, entering, kept[-1])).sum())
@@ -62,7 +62,7 @@ class Reduction(NamedTuple):
     """Dense FLOPs over a run's FLOPs."""
 
     by_formula: float
-    done: float  # of what is computed
+    computed: float  # without what the last layer saves
 
 
 @torch.inference_mode()
@@ -94,8 +94,8 @@ def set_thresholds(model: Model, batches: list[Batch], reduction: float) -> Redu
         previous = share
     pruner = model.pruner()
     kept = torch.cat([model(batch, pruner).kept for batch in batches], 1).cpu()
-    done = done_macs(model.config, lengths, lengths.expand(L, -1)) / done_macs(model.config, lengths, kept)
-    return Reduction(1 / relative_flops(model.config, lengths, kept), done)
+    computed = computed_macs(model.config, lengths, lengths.expand(L, -1)) / computed_macs(model.config, lengths, kept)
+    return Reduction(1 / relative_flops(model.config, lengths, kept), computed)
 
 
 def padded(batch: Batch, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -285,9 +285,9 @@ def table_rows(
             "file_bytes": file_bytes.get(name),
         }
         if name in reached:
-            by_formula, done = reached[name]
+            by_formula, computed = reached[name]
             row |= {"flops_reduction": by_formula, "flops_to_time": dense / value / by_formula}
-            row |= {"done_reduction": done, "done_to_time": dense / value / done}
+            row |= {"computed_reduction": computed, "computed_to_time": dense / value / computed}
         rows.append(row)
     return rows
 
@@ -319,7 +319,7 @@ def make_conditions(
 ) -> dict[str, Any]:
     """What was measured and how. product: the rate that the dense run reaches by the formula, over one product's."""
     every_layer = lengths.expand(config.num_hidden_layers, -1)
-    done = done_macs(config, lengths, every_layer) / float(macs(config, lengths, every_layer).sum())
+    computed = computed_macs(config, lengths, every_layer) / float(macs(config, lengths, every_layer).sum())
     return {
         "size": options["size"],
         "batch_size": batch_size,
@@ -334,7 +334,7 @@ def make_conditions(
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "order": "by length" if options["by_length"] else "as drawn",
         "dense_rate_over_one_product": product,
-        "computed_rate_over_one_product": product * done,
+        "computed_rate_over_one_product": product * computed,
     }
 
 

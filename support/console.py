@@ -105,7 +105,7 @@ def speed_table(result: dict[str, Any]) -> None:
     """
     rows = result["rows"]
     bops = ("rel. BOPs",) if any(row["relative_bops"] != row["relative_flops"] for row in rows) else ()
-    columns = ("batch", "", "MB", "ms per batch", "p95", "examples/s", "fewer FLOPs", *bops, "done", "speed-up")
+    columns = ("batch", "", "MB", "ms per batch", "p95", "examples/s", "fewer FLOPs", *bops, "computed", "speed-up")
     table = new_table(("",), *columns, "FLOPs into time")
     sizes = [row["batch_size"] for row in rows]
     for row, before in zip(rows, [None, *sizes]):
@@ -119,7 +119,7 @@ def speed_table(result: dict[str, Any]) -> None:
             f"{row['examples_per_second']:.1f}",
             f"{1 / row['relative_flops']:.2f}x",
             *(f"{row['relative_bops']:.3f}" for _ in bops),
-            f"{row['done_reduction']:.2f}x",
+            f"{row['computed_reduction']:.2f}x",
             f"{row['speedup']:.2f}x",
             f"{flops_to_time:.2f}" if row["model"] == "pruned" else "",
         )

@@ -57,7 +57,7 @@ class Row:
     speedup: float  # the first contender's time / this one's, medians of the passes
     relative_flops: float  # by the formula of `macs`, as a share of the dense model's
     relative_bops: float  # bit operations as a share of the dense float32 model's
-    done_reduction: float  # of what is computed: both sides without what the last layer saves
+    computed_reduction: float  # of what is computed: both sides without what the last layer saves
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Speed:
     speedup: float  # dense time / pruned time
     flops_reduction: float
     relative_bops: float
-    done_reduction: float
+    computed_reduction: float
     flops_to_time: float  # speedup / flops_reduction
 
 
@@ -83,7 +83,7 @@ class Work(NamedTuple):
     """Multiply-accumulates of all batches, and their bit operations."""
 
     counted: int  # by the formula of `macs`
-    done: int  # without what the last layer saves
+    computed: int  # those counted, less what the last layer saves
     bit_operations: int  # of those counted
 
 
@@ -133,7 +133,7 @@ def measure_rows(contenders: list[Contender], batches: list[Batch], process: Pro
             speedup=seconds[0] / total,
             relative_flops=work.counted / dense.counted,
             relative_bops=work.bit_operations / (32**2 * dense.counted),
-            done_reduction=dense.done / work.done,
+            computed_reduction=dense.computed / work.computed,
         )
         for contender, times, total, work in zip(contenders, passes, seconds, works)
     ]
@@ -179,7 +179,7 @@ def speed_of(dense: Row, pruned: Row, mean_length: float) -> Speed:
         speedup=pruned.speedup,
         flops_reduction=1 / pruned.relative_flops,
         relative_bops=pruned.relative_bops,
-        done_reduction=pruned.done_reduction,
+        computed_reduction=pruned.computed_reduction,
         flops_to_time=pruned.speedup * pruned.relative_flops,
     )
 

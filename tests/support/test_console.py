@@ -32,10 +32,10 @@ ROW = {
     "speedup": 1.0,
     "relative_flops": 1.0,
     "relative_bops": 1.0,
-    "done_reduction": 1.0,
+    "computed_reduction": 1.0,
 }
 PRUNED = {"model": "pruned", "latency": 0.5, "latency_p95": 0.75, "examples_per_second": 16.0, "speedup": 2.0}
-PRUNED = ROW | PRUNED | {"relative_flops": 0.4, "relative_bops": 0.4, "done_reduction": 2.25}
+PRUNED = ROW | PRUNED | {"relative_flops": 0.4, "relative_bops": 0.4, "computed_reduction": 2.25}
 INT8 = PRUNED | {"model": "int8.onnx", "file_bytes": 60_000_000, "relative_bops": 0.025, "speedup": 4.0}
 CONDITIONS = {
     "checkpoint": "runs/hard",
@@ -63,7 +63,7 @@ def test_speeds_and_their_conditions(capsys):
     speed_table({"rows": [ROW, PRUNED], "conditions": CONDITIONS})
     out = capsys.readouterr().out
     header, *rows = table_cells(out)
-    columns = "batch  MB ms.per.batch p95 examples/s fewer.FLOPs done speed-up FLOPs.into.time".split(" ")
+    columns = "batch  MB ms.per.batch p95 examples/s fewer.FLOPs computed speed-up FLOPs.into.time".split(" ")
     assert header == [name.replace(".", " ") for name in columns]
     assert rows[0] == ["8", "dense", "91.0", "1000.00", "1250.00", "8.0", "1.00x", "1.00x", "1.00x", ""]
     assert rows[1] == ["", "pruned", "91.0", "500.00", "750.00", "16.0", "2.50x", "2.25x", "2.00x", "0.80"]
@@ -77,7 +77,7 @@ def test_speeds_of_files_in_int8_have_bit_operations(capsys):
     speed_table({"rows": sizes, "conditions": CONDITIONS | {"onnxruntime": "1.9"}})
     out = capsys.readouterr().out
     header, *rows = table_cells(out)
-    assert header[6:9] == ["fewer FLOPs", "rel. BOPs", "done"]
+    assert header[6:9] == ["fewer FLOPs", "rel. BOPs", "computed"]
     assert rows[0][6:8] == ["1.00x", "1.000"] and rows[1][6:8] == ["2.50x", "0.025"]
     assert rows[1][1:3] == ["int8.onnx", "60.0"] and rows[1][-2:] == ["4.00x", ""]
     assert [row[0] for row in rows] == ["1", "", "8", ""] and "torch 2.0, onnxruntime 1.9;" in out

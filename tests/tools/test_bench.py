@@ -58,7 +58,7 @@ def test_the_computed_work_leaves_out_what_the_last_layer_saves():
         return 2 * D * D * entering + 2 * D * entering + 2 * D * D + 2 * D * F
 
     assert speed.flops_reduction == pytest.approx((2 * layer(n, n)) / (layer(n, 1) + layer(1, 1)))
-    assert speed.done_reduction == pytest.approx((layer(n, n) + last_layer(n)) / (layer(n, 1) + last_layer(1)))
+    assert speed.computed_reduction == pytest.approx((layer(n, n) + last_layer(n)) / (layer(n, 1) + last_layer(1)))
 
 
 def test_the_last_layers_count_is_not_timed():
@@ -101,7 +101,7 @@ def test_bench_of_questions_prunes_what_is_not_protected(questions, tmp_path):
         save_model(tmp_path, model)
         result = bench_checkpoint(tmp_path, None, BenchOptions((4,), examples=8, repeats=1, lengths=[60]), Process())
         reductions.append(result["speeds"][0]["flops_reduction"])
-        assert result["speeds"][0]["done_reduction"] == reductions[-1]  # every token's last state is read
+        assert result["speeds"][0]["computed_reduction"] == reductions[-1]  # every token's last state is read
     assert reductions[0] > 2 and reductions[1] == 1
 
 
@@ -133,7 +133,7 @@ def test_exported_files_are_timed_beside_the_checkpoint(hard, source, files, no_
     assert [(row["batch_size"], row["model"]) for row in rows] == [(size, name) for size in (1, 8) for name in names]
     dense, pruned, exported, exported_dense, int8 = rows[:5]
     assert exported["relative_flops"] == pruned["relative_flops"] < 1 == exported_dense["relative_flops"]
-    assert exported["done_reduction"] == pruned["done_reduction"] > 1 == exported_dense["done_reduction"]
+    assert exported["computed_reduction"] == pruned["computed_reduction"] > 1 == exported_dense["computed_reduction"]
     assert all(row["relative_bops"] == row["relative_flops"] for row in (dense, pruned, exported, exported_dense))
     assert int8["relative_bops"] < 0.5 * int8["relative_flops"]
     assert int8["relative_flops"] == pytest.approx(pruned["relative_flops"], abs=0.1)
