@@ -50,6 +50,7 @@ from tasks.windows import window_sizes
 TOLERANCE = 1e-3  # of the logits, relative to the largest: rounding is far below, a wrong graph far above
 OUTPUTS = ["logits", "kept"]
 LARGE = 2**31  # values of a weight
+LARGEST_FILE = 2 * 10**9  # bytes of weights; an ONNX file of 2**31 bytes or more cannot be read
 
 
 class TracedSequences(Sequences):
@@ -194,25 +195,29 @@ def export_model(model: Model, path: Path, tokenizer: Tokenizer | None = None, i
     tokenizer: travels in the file's metadata, with the configuration (see support/onnx_file.py and serving/serve.py).
     int8: see `round_products`. Where ONNX Runtime is installed, the file is run there and compared with the model,
     before anything is rounded.
-    Raises: InputError without onnx and onnxscript, or if the graph does not compute what the model does.
+    Raises: InputError without onnx and onnxscript, for weights that do not fit in one file, or if the graph does not
+    compute what the model does.
     """
     try:
+        import onnx_ir
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise InputError(
             f"export needs onnx and onnxscript, and {error.name} is not installed: pip install onnx onnxscript"
         ) from None
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > LARGEST_FILE:
+        raise InputError(f"export: the weights take {size / 1e9:.1f} GB, and one ONNX file holds at most 2 GB")
     model.requires_grad_(False).eval()
     traceable = Traceable(model).eval()
     program = trace(traceable)
     for node in program.model.graph:
         node.metadata_props.clear()  # where each one comes from in the source, with this machine's paths
     program.model.metadata_props.update(metadata_of(model.config, tokenizer))
-    program.save(path, external_data=False)
+    onnx_ir.save(program.model, path)  # program.save puts the weights of a large model in a second file
     report = f"inputs {', '.join(traceable.input_names)} (texts, tokens); {compare(model, path)}"
     if int8:
-        program.model = round_products(program.model)
-        program.save(path, external_data=False)
+        onnx_ir.save(round_products(program.model), path)
     return report + "; then rounded to int8" * int8
 
 

@@ -3,12 +3,13 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from small_models import pruning_model, random_sequences, small_model
 
-from model import Batch, Output, Sequences, keep_topk, pack
+from model import Batch, Model, Output, Sequences, keep_topk, pack
 from support.errors import InputError
 from support.onnx_file import OnnxModel, padded_inputs
 from tools.export import Traceable, TracedSequences, compare, export_model, keep_highest
@@ -115,6 +116,17 @@ def test_onnx_answers_as_the_model(head, changes, prune_mode, tmp_path):
         assert answers.kept.tolist() == expected.kept.tolist()
         dropped += int((batch.lengths - answers.kept[-2]).sum())
     assert (dropped > 0) == (prune_mode is not None)
+
+
+def test_a_large_model_is_one_file(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)  # of bytes
+    export_model(small_model(), tmp_path / "m.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    with torch.device("meta"):  # without memory
+        huge = Model(replace(small_model().config, vocab_size=2**25))
+    with pytest.raises(InputError, match="take 4.0 GB, and one ONNX file holds at most 2 GB"):
+        export_model(huge, tmp_path / "huge.onnx")
 
 
 def test_onnx_drops_tokens_inside_the_graph(tmp_path):
