@@ -89,6 +89,8 @@ def read_file(path: Path, name: str) -> Run:
 def read_runs(paths: list[Path]) -> list[Run]:
     """The runs, each named by the end of its path, as short as keeps the names different. Raises: InputError."""
     names = short_names([Path(re.sub(r"\.jsonl?$", "", str(path))) for path in paths])
+    # matplotlib leaves names that begin with "_" out of a legend, and reads a formula between two "$".
+    names = [re.sub("^_", " _", name).replace("$", r"\$") for name in names]
     return [read_run(path, name) for path, name in zip(paths, names)]
 
 

@@ -75,6 +75,13 @@ def test_curves_of_several_runs_have_a_legend_and_thresholds_by_layer(runs, tmp_
     assert CURVES | {"soft", "dense", "layer"} <= texts_of(tmp_path / "p.svg")
 
 
+@pytest.mark.parametrize("name", ["_run", "a$b_$c"])
+def test_any_name_is_shown_as_it_is(plain, tmp_path, name):
+    shutil.copy(plain, tmp_path / f"{name}.json")
+    save_figure(plot_tradeoff(read_runs([tmp_path / f"{name}.json"])), tmp_path / "p.svg", "svg")
+    assert name in texts_of(tmp_path / "p.svg")
+
+
 def test_png_has_the_size_of_a_picture(runs, tmp_path):
     save_figure(plot_curves(read_runs([runs / "soft"])), tmp_path / "p", "png")
     header = (tmp_path / "p").read_bytes()[:24]
