@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -202,9 +203,10 @@ class Classifier(Model):
     def __call__(self, texts: list[str], pairs: list[str | None] | None = None) -> list[dict[str, Any]]:
         """An answer for each text; in batches, which are faster where texts of similar length are neighbours.
 
-        pairs: the second text of each, None where there is none. Raises: ValueError.
+        pairs: the second text of each, None where there is none. Raises: ValueError, also for another number of pairs.
         """
-        both = [[text] if pair is None else [text, pair] for text, pair in zip(texts, pairs or [None] * len(texts))]
+        columns = zip(texts, pairs or [None] * len(texts), strict=True)
+        both = [[text] if pair is None else [text, pair] for text, pair in columns]
         if not all(is_text(text) for row in both for text in row):
             raise ValueError("expected strings of valid characters")
         return self.classify_texts(both) if both else []
@@ -290,6 +292,8 @@ def main() -> None:
             answers = answer_lines(model, sys.stdin.buffer)
         for answer in answers:
             print(json.dumps(answer, ensure_ascii=False), flush=True)
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os._exit(1)
     except ValueError as error:
         parser.exit(2, f"Error: {error}\n")
 

@@ -209,6 +209,8 @@ def test_a_classifier_answers_a_list_of_texts(hard, exported, pruned):
     Classifier = serving_module().Classifier
     answers = Classifier(exported)(["a film", "a song"], [None, "so it goes"])
     assert_same(answers, expected_answers(hard, [{"text": "a film"}, {"text": "a song", "text_pair": "so it goes"}]))
+    with pytest.raises(ValueError, match="shorter"):
+        Classifier(exported)(["a film", "a song"], ["so it goes"])
     with pytest.raises(ValueError, match="tags words or answers questions"):
         Classifier(pruned["tags"].with_suffix(".onnx"))
 
@@ -225,6 +227,14 @@ def test_serving_says_what_is_wrong_in_a_line(exported, hard, tmp_path):
     ):
         result = serve(path, *arguments, lines="{}\n")
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_serving_ends_quietly_when_nobody_reads_on(exported, tmp_path):
+    (tmp_path / "in.jsonl").write_text(5000 * '{"text": "a film"}\n')
+    script = 'set -o pipefail; "$0" "$1" "$2" < "$3" | head -1'
+    words = (sys.executable, ROOT / "serving" / "serve.py", exported, tmp_path / "in.jsonl")
+    result = subprocess.run(["bash", "-c", script, *map(str, words)], capture_output=True, text=True)
+    assert result.returncode == 1 and len(result.stdout.splitlines()) == 1 and result.stderr == ""
 
 
 def test_commands_take_a_file_for_a_checkpoint(hard, exported, demo, tmp_path):
