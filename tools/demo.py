@@ -9,6 +9,7 @@ import html
 import io
 import json
 import random
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,16 +129,17 @@ def run_demo(
     source = Source(own_task(None, None, None, regression=False), data)
     results: dict[str, dict[str, Any]] = {}
     for stage, restore, changes in PLAN:
-        changes = {"batch_size": BATCH_SIZE, **changes}
+        changes = {"batch_size": BATCH_SIZE, **changes, "seed": seed}
         defaults = soft_target(MAX_SEQ_LENGTH) if stage == "soft" else {}
-        settings = Settings(**(STAGES[stage] | defaults | changes | {"seed": seed}))
-        options = " ".join(f"{flag(name)} {value}" for name, value in changes.items())
+        settings = Settings(**(STAGES[stage] | defaults | changes))
+        options = [word for name, value in changes.items() for word in (flag(name), str(value))]
         pruning = PruningOptions()
         if stage == "topk":
             pruning.keep_rates = [round(share, 3) for share in results["hard"]["kept"]]
-            options += " --keep-rates " + ",".join(map(str, pruning.keep_rates))
+            options += ["--keep-rates", ",".join(map(str, pruning.keep_rates))]
         start, output = folder / restore, folder / stage
-        show(f"\n$ python ltp.py {stage} --data {data} --restore {start} {options} --output {output}")
+        paths = ["--data", str(data), "--restore", str(start), "--output", str(output)]
+        show(f"\n$ {shlex.join(['python', 'ltp.py', stage, *paths, *options])}")
         request = StageRequest(stage, start, source, settings, pruning, output, overwrite)
         _, result = run_stage(request, process, show=show, progress=progress)
         results[stage] = dict(result.best)
