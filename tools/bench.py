@@ -21,7 +21,7 @@ from support.checkpoint import load_config, load_model
 from support.devices import for_inference
 from support.errors import InputError
 from support.files import short_names
-from support.onnx_file import GRAPH, OnnxModel, open_file
+from support.onnx_file import GRAPH, OnnxModel, model_name, open_file
 from support.process import Process, synchronize
 from tasks.base import Source
 from tasks.tokenizer import Tokenizer
@@ -231,7 +231,7 @@ def bench_checkpoint(folder: Path, source: Source | None, options: BenchOptions,
             speeds.append(asdict(speed_of(*measured[:2], mean_length)))
     quantiles = np.quantile(examples.lengths, (0.05, 0.5, 0.95)).tolist()
     conditions = {
-        "checkpoint": str(model_path(folder)),
+        "checkpoint": str(model_name(folder)),
         "pruning": pruning_name(model.config),
         "data": source.task.name if source else "random tokens",
         "examples": len(examples),
@@ -260,7 +260,7 @@ def find_contenders(
     if isinstance(model, Model):
         names, contenders = short_names(list(beside)), checkpoint_contenders(model, weight_bytes(folder))
     else:
-        name, *names = short_names([model_path(folder), *beside])
+        name, *names = short_names([model_name(folder), *beside])
         contenders = [exported_contender(name, model)]
     return contenders + [exported_contender(*both) for both in zip(names, others)]
 
@@ -273,18 +273,12 @@ def open_beside(path: Path, folder: Path, config: Config, has_texts: bool) -> On
         values = getattr(other, name), getattr(config, name)
         if values[0] != values[1]:
             raise InputError(
-                f"--beside {path}: has {name} = {values[0]}, and {model_path(folder)} has {values[1]}; pass files of "
+                f"--beside {path}: has {name} = {values[0]}, and {model_name(folder)} has {values[1]}; pass files of "
                 "one task and one vocabulary"
             )
     if has_texts and Tokenizer(opened).identity != Tokenizer(folder).identity:
-        raise InputError(f"--beside {path}: its tokenizer is not that of {model_path(folder)}; the tokens would differ")
+        raise InputError(f"--beside {path}: its tokenizer is not that of {model_name(folder)}; the tokens would differ")
     return load_model(opened).model
-
-
-def model_path(folder: Path) -> Path:
-    """The folder of a checkpoint, or the exported file that a folder was opened from."""
-    graph = folder / GRAPH
-    return graph.resolve() if graph.exists() else folder
 
 
 def weight_bytes(folder: Path) -> int:
@@ -298,7 +292,7 @@ def random_examples(folder: Path, config: Config, options: BenchOptions) -> Exam
     generator = np.random.default_rng(options.seed)
     lengths = np.sort(generator.choice(options.lengths, options.examples)).astype(np.int64)
     if lengths[-1] > config.max_tokens:
-        raise InputError(f"--lengths {lengths[-1]}: {model_path(folder)} has positions for {config.max_tokens} tokens")
+        raise InputError(f"--lengths {lengths[-1]}: {model_name(folder)} has positions for {config.max_tokens} tokens")
     token_ids = np.concatenate([generator.integers(0, config.vocab_size, n) for n in lengths])
     segment_ids = np.zeros(len(token_ids), dtype=np.int8)
     questions = np.minimum(lengths, RANDOM_QUESTION) if config.head == "span" else None
@@ -307,7 +301,7 @@ def random_examples(folder: Path, config: Config, options: BenchOptions) -> Exam
 
 def task_examples(folder: Path, config: Config, source: Source, options: BenchOptions) -> Examples:
     """A random choice of the source's examples, in their order. Raises: InputError."""
-    tokenizer, path = Tokenizer(folder), model_path(folder)
+    tokenizer, path = Tokenizer(folder), model_name(folder)
     labels = check_task(path, config, source.task)
     limit = length_limit(config, path, options.max_length)
     examples = source.load("eval", tokenizer, limit, labels=labels)[0][""]
