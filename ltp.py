@@ -226,8 +226,8 @@ def evaluate(**options: Any) -> None:
     FLOPs are those of the encoder layers, without embeddings and head. A multiply-accumulate is 2 FLOPs. A layer makes
     4·D²·n_in + 2·D·n_in² + 2·D·F·n_out multiply-accumulates, with n_in tokens before and n_out after pruning.
 
-    SQuAD 2.0: the result has best_f1 and best_f1_threshold. `predict` reaches the one with the other as its
-    --no-answer-threshold.
+    SQuAD 2.0: the result has best_f1 and best_f1_threshold. The first is the F1 of answers that `predict` gives with
+    the second as its --no-answer-threshold.
     """
     from runs.stage import EvaluationOptions, evaluate_checkpoint
     from support.checkpoint import find_model
@@ -442,7 +442,7 @@ def predict(text: str | None, **options: Any) -> None:
         answer = json_line(predictor.answer([("TEXT", record)])[0], sys.stdout)
         cut = predictor.reader.truncated
     if process.main:
-        click.echo(f"{count:,} lines answered", err=True) if file else click.echo(answer, nl=False)
+        click.echo(f"{plural(count, 'line')} answered", err=True) if file else click.echo(answer, nl=False)
         report_cut(predictor, cut, click.echo)
 
 
@@ -465,6 +465,8 @@ def export(**options: Any) -> None:
     --int8 rounds after the comparison. What that costs depends on the model: with --task or --data the file is run
     beside the checkpoint on the evaluation data.
     """
+    if options["output"].suffix != ".onnx":  # by which --restore knows an exported file
+        raise click.UsageError(f"--output {options['output']}: expected a name that ends in .onnx")
     from runs.checks import check_task
     from support.checkpoint import find_model, load_config
     from tools.commands import make_source, start_alone

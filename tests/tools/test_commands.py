@@ -155,3 +155,4 @@ def test_export_writes_a_graph_with_or_without_pruning(hard, tmp_path, options, 
     # The mask of the inputs and the first grid take one each, and so does each layer that drops.
     assert drops == (sum(node.op_type == "NonZero" for node in graph.node) > 2)
     assert not any(node.metadata_props for node in graph.node)
+    assert "ends in .onnx" in run("export", "--restore", hard, "--output", tmp_path / "m", code=2).stderr
