@@ -43,6 +43,12 @@ def test_sharded_and_pickled_folders(tmp_path):
         load_model(tmp_path / "shards")
 
 
+def test_an_onnx_file_beside_the_weights_is_not_read(tmp_path):
+    save_model(tmp_path, small_model())
+    (tmp_path / "model.onnx").write_text("another library's")
+    assert isinstance(load_model(tmp_path).model, Model)
+
+
 def test_a_pickle_cannot_run_code(tmp_path):
     class Bad:
         def __reduce__(self):
