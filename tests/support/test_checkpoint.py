@@ -168,6 +168,12 @@ def test_unknown_hub_names_are_one_line(tmp_path, monkeypatch):
 # ---- saving and heads ----
 
 
+def test_a_graph_beside_the_weights_is_not_taken_for_the_model(tmp_path):
+    save_model(tmp_path, small_model())
+    (tmp_path / "model.onnx").write_text("another program's, or an export into the checkpoint's folder")
+    assert isinstance(load_model(tmp_path).model, Model)
+
+
 def test_saving_gives_back_everything(tmp_path):
     model = small_model(prune_mode="absolute_threshold", other={"my_key": [1, 2]}, labels=("ä", "b", "c"))
     model.thresholds.data = threshold_ladder(0.02, 5)
