@@ -231,6 +231,26 @@ def read_conll(path: Path, columns: Sequence[Any] = ()) -> Records:
             rows.append(cells)
 
 
+def hub_records(title: str, layout: str, *names: str, split: str) -> Records:
+    """The records of a data set on the hub, with their numbers from 1.
+
+    title, layout: what messages call the data set, and the files in its place. names: of `datasets.load_dataset`.
+    Raises: InputError.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(*names, split=split)
+    except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
+        cause = error.__cause__ or error
+        reason = (str(cause).splitlines() or [""])[0][:200]
+        raise InputError(
+            f"{title} could not be loaded from the hub ({type(cause).__name__}: {reason}); "
+            f"with no network, pass a folder {layout} with --data PATH"
+        ) from None
+    yield from enumerate(table, 1)
+
+
 def _check_columns(path: Path, columns: Sequence[Any], present: list[str], line: int = 1) -> None:
     for name in columns:
         if present.count(name) > 1:

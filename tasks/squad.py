@@ -25,7 +25,7 @@ from support.files import open_text
 from support.settings import QUESTION_LENGTH
 from tasks.answers import Candidates, best_thresholds, choose_text, find_answers, squad_metrics
 from tasks.base import Metrics, Prepared, Reader, Record, Source, Task
-from tasks.readers import check_file, file_kind, is_text, read_jsonl, read_parquet, read_records
+from tasks.readers import check_file, file_kind, hub_records, is_text, read_jsonl, read_parquet, read_records
 from tasks.tokenizer import Encoded, Tokenizer
 from tasks.windows import NOWHERE, Question, Window, make_windows
 
@@ -60,16 +60,7 @@ def read_squad(path: Path) -> Iterator[Question]:
 
 def hub_squad(name: str, split: str) -> Iterator[Question]:
     """Yields the "train" or "validation" questions of "squad" or "squad_v2" from the hub. Raises: InputError."""
-    import datasets
-
-    try:
-        table = datasets.load_dataset(f"rajpurkar/{name}", split=split)
-    except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
-        raise InputError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}); "
-            "with no network, pass a folder with SQuAD's JSON files with --data PATH"
-        ) from None
-    for number, record in enumerate(table, 1):
+    for number, record in hub_records(name, "with SQuAD's JSON files", f"rajpurkar/{name}", split=split):
         yield _question(f"{name}'s {split}, row {number}", record)
 
 

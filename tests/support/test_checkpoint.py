@@ -1,5 +1,6 @@
 """Model folders, whole and damaged: weights, the authors' release, the hub, heads, and what is refused."""
 
+import errno
 import json
 import os
 import random
@@ -163,6 +164,16 @@ def test_unknown_hub_names_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_model("name@v1") == Path("name@v1")  # a folder goes first
     assert find_model("a/b/c@v1") == Path("a/b/c@v1")
+
+
+def test_a_full_disk_below_the_cache_of_the_hub_is_named(tmp_path, monkeypatch):
+    def download(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path}: could not be written .*; free some space there"):
+        find_model("somebody/reviews")
 
 
 # ---- saving and heads ----
