@@ -30,8 +30,8 @@ from model import (
     tensor_names,
     threshold_ladder,
 )
-from support.errors import InputError, plural
-from support.files import file_digest, write_file, write_text
+from support.errors import DISK_FULL, InputError, plural
+from support.files import file_digest, not_written, write_file, write_text
 from support.onnx_file import GRAPH, OnnxModel, model_name, open_file
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def find_model(name: str, option: str = "--restore") -> Path:
         return open_file(Path(name))
     if Path(name).exists() or not hub_name:
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, revision = hub_name.groups()
@@ -220,6 +220,8 @@ def find_model(name: str, option: str = "--restore") -> Path:
             f"{option} {name}: no such folder here, nor a copy of it from the hub, which cannot be reached"
         ) from None
     except Exception as error:  # unknown or private: the library's errors have no common class
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise not_written(Path(constants.HF_HUB_CACHE), error) from None
         raise InputError(
             f"{option} {name}: no such folder here, and the hub gave no model of that name"
             f"{' and revision' if revision else ''} ({type(error).__name__})"

@@ -22,7 +22,7 @@ def screen() -> Iterator[tuple[Callable[[str], Any], Callable[..., Any]]]:
     show(line) prints a line above the bar. progress(step, steps, **state) moves the bar; steps may be None, and state
     holds numbers to show beside it, or None.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -45,8 +45,10 @@ def screen() -> Iterator[tuple[Callable[[str], Any], Callable[..., Any]]]:
 
 def output_console() -> Console:
     """Standard output: as wide as the terminal, or wide enough for all tables where it is a file or a pipe."""
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(width=160, highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 160
+    return console
 
 
 def new_table(left: tuple[str, ...], *names: str) -> Table:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+# No space left, none of the user's quota, or more than a file may have.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class InputError(Exception):
     """The user's input cannot be used. The message says in one line what is wrong, where, and what to do."""

@@ -17,10 +17,8 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from support.errors import InputError
+from support.errors import DISK_FULL, InputError
 
-# No space left, none of the user's quota, or more than a file may have.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL_TEXT = os.strerror(errno.ENOSPC)  # in messages of libraries
 
 

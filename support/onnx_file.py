@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model import Batch, Config, Dense, Pruner
 from support.errors import InputError
 
-GRAPH = "opened-by-ltp.onnx"  # its name in an opened folder: nobody takes a checkpoint's own model.onnx for it
+GRAPH = "exported-by-ltp.onnx"  # its name in an opened folder: no name that a model folder of a user holds
 BITS = "linear_bits"  # key of the metadata: bits of the factors of linear layers, where they are not 32
 FILES = "files"  # key of the metadata: JSON {name of a file: its content in base64}
 

@@ -5,7 +5,6 @@ Other errors keep their traceback.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import signal
@@ -16,21 +15,17 @@ from typing import Any
 
 import click
 
-from support.errors import InputError, Interrupted
+from support.errors import DISK_FULL, InputError, Interrupted
 
 # Messages of gloo, then of NCCL, in a process whose peer has ended.
 LOST_PROCESS = re.compile(
     "connection (closed|reset) by peer|connection refused|remote process exited|communicator was aborted", re.IGNORECASE
 )
 
-
 OUT_OF_MEMORY = (
     "the GPU's memory is full: pass a smaller --batch-size; in training --accumulate N, the same batch in N parts; in "
     "eval and predict --max-tokens N"
 )
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, or none of the user's quota
 
 
 def write_sections(formatter: click.HelpFormatter, rows: Iterable[tuple[str, tuple[str, str]]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from data import CACHE_VERSION, Examples, cached_table, chunked, read_columns
 from support.errors import InputError
 from tasks.base import Prepared, Reader, Record, Source, Task
-from tasks.readers import Row, is_number, is_text, label_order, read_rows
+from tasks.readers import Row, hub_records, is_number, is_text, label_order, read_rows
 from tasks.tokenizer import Encoded, Tokenizer, check_room
 
 if TYPE_CHECKING:
@@ -62,16 +62,8 @@ class Classification(Task):
         return read_rows(path, self.columns(path), torn=self.name != "custom")  # GLUE's own files have torn lines
 
     def read_hub(self, split: str) -> Iterator[Row]:
-        import datasets
-
-        try:
-            table = datasets.load_dataset("nyu-mll/glue", self.hub, split=split)
-        except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
-            raise InputError(
-                f"GLUE's {self.name} could not be loaded from the hub ({type(error).__name__}); "
-                "with no network, pass a folder in GLUE's TSV layout with --data PATH"
-            ) from None
-        for number, record in enumerate(table, 1):
+        records = hub_records(f"GLUE's {self.name}", "in GLUE's TSV layout", "nyu-mll/glue", self.hub, split=split)
+        for number, record in records:
             label = str(record[self.label]) if self.regression else self.labels[record[self.label]]
             yield Row(number, record[self.text], record[self.pair] if self.pair else None, label)
 

@@ -91,8 +91,8 @@ def read_records(path: Path, reader: Callable[[Path, Sequence[Any]], Records], c
             yield line, record
     except UnicodeDecodeError as error:
         raise InputError(f"{_after(path, line)}: not UTF-8 ({error.reason}); convert the file first") from None
-    except (OSError, EOFError, zlib.error, csv.Error) as error:  # of the file, gzip, CSV
-        raise InputError(f"{_after(path, line)}: not readable ({error})") from None
+    except (OSError, EOFError, zlib.error, csv.Error, OverflowError) as error:  # file, gzip, CSV, dates in Parquet
+        raise InputError(f"{_after(path, line)}: not readable ({str(error).strip()})") from None
 
 
 def _after(path: Path, line: int) -> str:
@@ -104,7 +104,7 @@ def _after(path: Path, line: int) -> str:
 
 
 def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
-    """GLUE's TSV: quotes are ordinary characters, and a byte-order mark may stand first.
+    """GLUE's TSV: quotes are ordinary characters, a byte-order mark may stand first, and blank lines are skipped.
 
     Columns that are numbers say that the file has no header line.
     """
@@ -112,6 +112,8 @@ def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
     with open_text(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
             cells = line.rstrip("\r\n").split("\t")
+            if cells == [""]:
+                continue
             if header is None:
                 if any(isinstance(name, int) for name in columns):
                     header = list(range(len(cells)))
@@ -119,8 +121,6 @@ def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
                     header = cells
                     _check_columns(path, columns, header)
                     continue
-            if cells == [""]:
-                continue
             if len(cells) > len(header):
                 raise InputError(f"{path}, line {number}: {len(cells)} columns, expected {len(header)}")
             torn = {TORN: f"{len(cells)} columns, expected {len(header)}"} if len(cells) < len(header) else {}
@@ -128,21 +128,21 @@ def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
 
 
 def read_csv(path: Path, columns: Sequence[Any]) -> Records:
-    """CSV with a header line."""
+    """CSV with a header line. Blank lines are skipped."""
     with open_text(path, newline="") as file:
         csv.field_size_limit(2**31 - 1)
         reader = csv.reader(file, strict=True)
-        header = next(reader, [])
+        rows = filter(None, reader)  # without the blank lines
+        header = next(rows, [])
         if header:
             _check_columns(path, columns, header)
-        for cells in reader:
-            if cells and len(cells) != len(header):
+        for cells in rows:
+            if len(cells) != len(header):
                 raise InputError(
                     f"{path}, line {reader.line_num}: {len(cells)} columns, expected {len(header)}; "
                     "put cells that hold commas in quotes"
                 )
-            if cells:
-                yield reader.line_num, dict(zip(header, cells))
+            yield reader.line_num, dict(zip(header, cells))
 
 
 def read_jsonl(path: Path, columns: Sequence[Any] = ()) -> Records:
@@ -184,7 +184,7 @@ def parquet_has(path: Path, column: str) -> bool:
 
     try:
         return column in parquet.read_schema(path).names
-    except ArrowException:
+    except (OSError, ArrowException):
         return False
 
 
@@ -229,6 +229,26 @@ def read_conll(path: Path, columns: Sequence[Any] = ()) -> Records:
             if not cells[0]:
                 raise InputError(f"{path}, line {number}: no word before the tag; expected the word first")
             rows.append(cells)
+
+
+def hub_records(title: str, layout: str, *names: str, split: str) -> Records:
+    """The records of a data set on the hub, with their numbers from 1.
+
+    title, layout: what messages call the data set, and the files in its place. names: of `datasets.load_dataset`.
+    Raises: InputError.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(*names, split=split)
+    except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
+        cause = error.__cause__ or error
+        reason = (str(cause).splitlines() or [""])[0][:200]
+        raise InputError(
+            f"{title} could not be loaded from the hub ({type(cause).__name__}: {reason}); "
+            f"with no network, pass a folder {layout} with --data PATH"
+        ) from None
+    yield from enumerate(table, 1)
 
 
 def _check_columns(path: Path, columns: Sequence[Any], present: list[str], line: int = 1) -> None:

@@ -25,7 +25,7 @@ from support.files import open_text
 from support.settings import QUESTION_LENGTH
 from tasks.answers import Candidates, best_thresholds, choose_text, find_answers, squad_metrics
 from tasks.base import Metrics, Prepared, Reader, Record, Source, Task
-from tasks.readers import check_file, file_kind, is_text, read_jsonl, read_parquet, read_records
+from tasks.readers import check_file, file_kind, hub_records, is_text, read_jsonl, read_parquet, read_records
 from tasks.tokenizer import Encoded, Tokenizer
 from tasks.windows import NOWHERE, Question, Window, make_windows
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
+
+QUESTION_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def read_squad(path: Path) -> Iterator[Question]:
@@ -45,7 +47,7 @@ def read_squad(path: Path) -> Iterator[Question]:
     Raises: InputError naming file and location for a file that is missing, empty, damaged, not UTF-8 or of another
     layout, a question or context without text, an id that occurs twice.
     """
-    check_file(path, (".json", ".jsonl", ".parquet"))
+    check_file(path, QUESTION_SUFFIXES)
     reader = _read_articles if file_kind(path) == ".json" else _read_table
     ids = set()
     for location, record in reader(path):
@@ -60,16 +62,7 @@ def read_squad(path: Path) -> Iterator[Question]:
 
 def hub_squad(name: str, split: str) -> Iterator[Question]:
     """Yields the "train" or "validation" questions of "squad" or "squad_v2" from the hub. Raises: InputError."""
-    import datasets
-
-    try:
-        table = datasets.load_dataset(f"rajpurkar/{name}", split=split)
-    except Exception as error:  # offline, a proxy, a full disk: the library's errors have no common class
-        raise InputError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}); "
-            "with no network, pass a folder with SQuAD's JSON files with --data PATH"
-        ) from None
-    for number, record in enumerate(table, 1):
+    for number, record in hub_records(name, "with SQuAD's JSON files", f"rajpurkar/{name}", split=split):
         yield _question(f"{name}'s {split}, row {number}", record)
 
 
@@ -113,10 +106,10 @@ def _question(location: str, record: dict) -> Question:
     checked, problem = [], ""
     for answer_location, answer in _each(location, {"answers": answers}, "answers", "answer"):
         text, start = _get(answer_location, answer, "text", str).strip(), answer.get("answer_start")
-        found = _find(text, start, context)
-        if found is None:
+        first = _find(text, start, context)
+        if first is None:
             problem = problem or f"{answer_location}: {_misplaced(text, start, context)}"
-        checked.append((text, NOWHERE if found is None else found))
+        checked.append((text, NOWHERE if first is None else first))
     if not checked and record.get("is_impossible") is False:
         problem = f"{location}: 'answers' is missing or empty, though is_impossible is false; correct one of them"
     return Question(name, question, context, tuple(checked), problem)
@@ -162,7 +155,7 @@ def _each(location: str, record: Any, key: str, name: str) -> Iterator[tuple[str
 def _get(location: str, record: Any, key: str, kind: type) -> Any:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, kind) or (kind is str and not is_text(value)):
-        names = {str: "a string of valid characters", int: "a whole number", list: "a list"}
+        names = {str: "a string of valid characters", list: "a list"}
         raise InputError(f"{location}: {key!r} is missing or not {names[kind]}")
     return value
 
@@ -210,6 +203,7 @@ class QuestionAnswering(Task):
     """A span of the context for each question, or none. The examples are windows, see windows.py."""
 
     head: ClassVar[str] = "span"
+    suffixes: ClassVar[tuple[str, ...]] = QUESTION_SUFFIXES
     expected: ClassVar[str] = ".json"
 
     def file_names(self, name: str) -> list[str]:

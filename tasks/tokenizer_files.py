@@ -291,9 +291,9 @@ def read_vocabulary(
     model = settings.content.get("model")
     if model is not None:
         default = "BPE" if "merges" in model else "Unigram" if isinstance(model["vocab"], list) else "WordPiece"
-        if (found := model.get("type", default)) != kind:
+        if (actual := model.get("type", default)) != kind:
             raise InputError(
-                f"{settings.folder}: tokenizer.json holds a {found} vocabulary, and {settings.name} needs {kind}; "
+                f"{settings.folder}: tokenizer.json holds a {actual} vocabulary, and {settings.name} needs {kind}; "
                 'correct "tokenizer_class" in tokenizer_config.json'
             )
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", [])]

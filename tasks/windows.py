@@ -74,13 +74,13 @@ def make_windows(
             f"--max-length {max_length}: leaves no room for a question and windows that share {stride} tokens; "
             f"expected at least {max_length - room + stride + 2}"
         )
-    asked = _cut([question.question for question in questions], tokenizer, limit, cut)
+    texts = _cut([question.question for question in questions], tokenizer, limit, cut)
     covered = _offsets(tokenizer, (question.context for question in questions))
     backend.enable_truncation(max_length, stride=stride, strategy="only_second")
-    encodings = tokenizer.run([(text, question.context) for text, question in zip(asked, questions)])
+    encodings = tokenizer.run([(text, question.context) for text, question in zip(texts, questions)])
     backend.no_truncation()
     windows = []
-    for index, (question, text, encoding) in enumerate(zip(questions, asked, encodings)):
+    for index, (question, text, encoding) in enumerate(zip(questions, texts, encodings)):
         if encoding.overflowing or text != question.question:
             tokenizer.refuse_left("questions and contexts")
         offsets = covered[question.context]

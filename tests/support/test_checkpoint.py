@@ -1,5 +1,6 @@
 """Model folders, whole and damaged: weights, the authors' release, the hub, heads, and what is refused."""
 
+import errno
 import json
 import os
 import random
@@ -41,12 +42,6 @@ def test_sharded_and_pickled_folders(tmp_path):
     (tmp_path / "shards" / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(InputError, match="not a shard index"):
         load_model(tmp_path / "shards")
-
-
-def test_an_onnx_file_beside_the_weights_is_not_read(tmp_path):
-    save_model(tmp_path, small_model())
-    (tmp_path / "model.onnx").write_text("another library's")
-    assert isinstance(load_model(tmp_path).model, Model)
 
 
 def test_a_pickle_cannot_run_code(tmp_path):
@@ -171,7 +166,23 @@ def test_unknown_hub_names_are_one_line(tmp_path, monkeypatch):
     assert find_model("a/b/c@v1") == Path("a/b/c@v1")
 
 
+def test_a_full_disk_below_the_cache_of_the_hub_is_named(tmp_path, monkeypatch):
+    def download(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path}: could not be written .*; free some space there"):
+        find_model("somebody/reviews")
+
+
 # ---- saving and heads ----
+
+
+def test_a_graph_beside_the_weights_is_not_taken_for_the_model(tmp_path):
+    save_model(tmp_path, small_model())
+    (tmp_path / "model.onnx").write_text("another program's, or an export into the checkpoint's folder")
+    assert isinstance(load_model(tmp_path).model, Model)
 
 
 def test_saving_gives_back_everything(tmp_path):

@@ -6,13 +6,13 @@ RECORD = {"metrics": {"accuracy": 0.91}, "score": 0.875, "gflops": 1.234, "relat
 
 
 def test_evaluations_stand_side_by_side(capsys):
-    evaluation_table([("dense", RECORD), ("[hard]", RECORD | {"speedup": {1: 1.5, 32: 2.0}})])
+    evaluation_table([("dense", RECORD), ("[:heart:]", RECORD | {"speedup": {1: 1.5, 32: 2.0}})])
     lines = capsys.readouterr().out.splitlines()
     header, _, dense, hard = ([cell.strip() for cell in line.replace("┃", "│").split("│")] for line in lines)
     names = ["", "accuracy", "score", "GFLOPs", "rel. FLOPs", "speed at 1", "speed at 32", "kept after each layer"]
     assert header == names
     assert dense == ["dense", "0.9100", "0.8750", "1.23", "0.500", "", "", "1.00 0.25"]
-    assert hard == ["[hard]", "0.9100", "0.8750", "1.23", "0.500", "1.50x", "2.00x", "1.00 0.25"]
+    assert hard == ["[:heart:]", "0.9100", "0.8750", "1.23", "0.500", "1.50x", "2.00x", "1.00 0.25"]
 
 
 def test_many_metrics_go_below_the_table(capsys):
@@ -85,9 +85,9 @@ def test_speeds_of_files_in_int8_have_bit_operations(capsys):
 
 def test_progress_needs_no_terminal(capsys):
     with screen() as (show, progress):
-        show("step [1]")
+        show("step [1] :heart:")
         progress(1, None, loss=0.5, score=None)
         progress(2, 10, loss=0.5)
     quiet("nothing", loss=0.5)
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.strip() == "step [1]"
+    assert captured.out == "" and captured.err.strip() == "step [1] :heart:"

@@ -34,7 +34,7 @@ def test_errors_of_the_user_are_one_line():
     assert result.exit_code == 143 and result.stderr == "stopped\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_one_line(number):
     """Standard output has no file name."""
     result = failing(OSError(number, "no room"))

@@ -38,6 +38,12 @@ def test_csv_jsonl_and_parquet_read_alike(tmp_path):
         assert [row[1:] for row in rows(tmp_path / f"a.{suffix}", ("text", "other", "label"))] == expected, suffix
 
 
+def test_blank_lines_are_skipped_before_the_names_too(tmp_path):
+    for name, comma in (("a.csv", ","), ("a.tsv", "\t")):
+        (tmp_path / name).write_text("\ntext,label\n\na,x\n".replace(",", comma))
+        assert rows(tmp_path / name) == [(4, "a", None, "x")]
+
+
 def test_labels_are_texts_without_blanks_around_them(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 3}\n{"text": " b ", "label": " y "}\n')
     assert rows(tmp_path / "x.jsonl") == [(1, "a", None, "3"), (2, " b ", None, "y")]
@@ -133,6 +139,29 @@ def test_bad_parquet_rows(tmp_path):
         parquet(tmp_path, [{"words": "a b", "labels": [0]}])
     with pytest.raises(InputError, match="x.parquet, line 1: no column 'words' but 'tokens'"):
         parquet(tmp_path, [{"tokens": ["a"], "labels": [0]}])
+
+
+@pytest.mark.parametrize("read", [lambda path: rows(path, ("words", None, "labels")), tagged])
+def test_a_parquet_file_with_a_damaged_end_is_one_line(tmp_path, read):
+    parquet(tmp_path, [{"words": ["a"], "labels": [0]}])
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    end = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for i in range(end, end + 8):
+        content[i] ^= 0xFF
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(InputError, match="x.parquet: not .*readable") as error:
+        read(tmp_path / "x.parquet")
+    assert "\n" not in str(error.value)
+
+
+def test_a_date_that_python_does_not_have_is_one_line(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    dates = pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": ["a"], "label": dates}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="x.parquet: not readable .date value out of range."):
+        rows(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("name, good, bad", [("x.conll", "a O\n\n", "b\n\n"), ("x.jsonl", '{"words": ["a"]}\n', "?\n")])

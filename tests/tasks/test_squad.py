@@ -147,6 +147,13 @@ def test_ids_may_be_numbers(tmp_path):
     assert next(iter(read_squad(tmp_path / "x.json"))).id == "5"
 
 
+def test_files_that_cannot_hold_questions_are_passed_over(tmp_path):
+    for name in ("train.tsv", "train-v2.0.json", "dev.csv", "dev.jsonl"):
+        (tmp_path / name).touch()
+    files = Source(find_task("SQuAD2"), tmp_path).files()
+    assert [path.name for path in files] == ["train-v2.0.json", "dev.jsonl"]
+
+
 def test_missing_files_and_no_network(monkeypatch):
     with pytest.raises(InputError, match="nowhere.json: no such file"):
         list(read_squad(Path("nowhere.json")))
