@@ -106,7 +106,7 @@ def machine_section(*options: Any) -> Any:
             help="Precision of matrix products. Scores and thresholds are always fp32. On a CPU with AVX512_BF16, bf16 "
             "takes 0.5 to 0.9 of the time.  [default: bf16 on CUDA, else fp32]",
         ),
-        option("--threads", type=WHOLE, help="Number of CPU threads.  [default: torch's choice]"),
+        option("--threads", type=click.IntRange(1, 1024), help="Number of CPU threads.  [default: torch's choice]"),
     )
 
 

@@ -58,8 +58,13 @@ class Classification(Task):
 
     head: ClassVar[str] = "sequence"
 
+    @property
+    def torn(self) -> bool:
+        """Whether torn lines are left out, not refused: GLUE's own files have some."""
+        return self.name != "custom"
+
     def read(self, path: Path) -> Iterator[Row]:
-        return read_rows(path, self.columns(path), torn=self.name != "custom")  # GLUE's own files have torn lines
+        return read_rows(path, self.columns(path), torn=self.torn)
 
     def read_hub(self, split: str) -> Iterator[Row]:
         records = hub_records(f"GLUE's {self.name}", "in GLUE's TSV layout", "nyu-mll/glue", self.hub, split=split)
@@ -77,7 +82,7 @@ class Classification(Task):
         check_room(tokenizer, max_length, self.pair is not None)
         tables, locations = {}, {}
         for suffix, (location, identity, rows) in source.rows(split).items():
-            key = f"texts {CACHE_VERSION} {identity} {max_length} {tokenizer.identity}"
+            key = f"texts {CACHE_VERSION} {identity} {max_length} {tokenizer.identity} {self.torn}"
             tables[suffix] = _tokenize(rows, tokenizer, max_length, hashlib.sha256(key.encode()).hexdigest()[:32])
             locations[suffix] = location
         torn = {suffix: table.data.column("label").null_count for suffix, table in tables.items()}

@@ -131,7 +131,8 @@ def evaluate(
         gflops=2e-9 * used / count,
         dense_gflops=2e-9 * dense / count,
         relative_flops=used / dense,
-        relative_bops=int(bit_operations(model.config, lengths, kept, model.linear_bits).sum()) / (32**2 * dense),
+        # Summed as Python's integers: a hundred thousand long texts and a large model have more than 2^63.
+        relative_bops=sum(bit_operations(model.config, lengths, kept, model.linear_bits).tolist()) / (32**2 * dense),
         kept=(kept.sum(1).double() / int(lengths.sum())).tolist(),
         seconds=seconds,
         examples_per_second=count / seconds,

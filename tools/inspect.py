@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from model import Alive, Batch, Config, Decision, Dense, Output, Pruner, Sequences, Step, layer_macs
+from support.console import output_console
 from support.errors import InputError
 from tasks.base import Prepared, Record, pack_encoded
 from tools.predict import Predictor
@@ -125,9 +126,9 @@ def describe_output(output: Output, config: Config, prepared: Prepared) -> dict[
 
 def print_examples(examples: list[dict[str, Any]]) -> None:
     """Prints each text on standard output: as wide as the terminal, or wider in a file or a pipe."""
-    console = Console(highlight=False)
+    console = output_console()
     for example in examples:
-        print_example(example, console if console.is_terminal else Console(width=160, highlight=False))
+        print_example(example, console)
 
 
 def print_example(example: dict[str, Any], console: Console) -> None:

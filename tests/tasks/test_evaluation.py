@@ -1,11 +1,15 @@
 """Evaluation: counts, metrics and FLOPs of a set, whatever the batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from small_models import small_model
+import torch.nn as nn
+from small_models import SMALL, small_model
 from training import CLASSES, examples, mode_model
 
 from model import Dense
+from support.onnx_file import Answers
 from support.process import Process
 from tasks.evaluation import evaluate, predict_logits
 
@@ -39,3 +43,14 @@ def test_two_evaluation_sets_give_metrics_each_and_one_score():
     assert [len(logits[suffix]) for suffix in sets] == [9, 8]
     losses = [evaluate(small_model(), CLASSES, {"": examples}, Process())[0].loss for examples in sets.values()]
     assert result.loss == pytest.approx((9 * losses[0] + 8 * losses[1]) / 17, rel=1e-5)
+
+
+def test_bit_operations_of_very_many_tokens_are_counted():
+    class Huge(nn.Module):
+        config, linear_bits = replace(SMALL, hidden_size=2**21), 32
+
+        def forward(self, batch, pruner):
+            return Answers(torch.zeros(len(batch.lengths), 3), batch.lengths.expand(5, -1))
+
+    result, _ = evaluate(Huge(), CLASSES, {"": examples(41)}, Process(), pruner=Dense())
+    assert result.relative_flops == result.relative_bops == 1
