@@ -90,7 +90,8 @@ def dataset_fields(header: dict[str, Any]) -> dict[str, str]:
     """The evaluation data as the hub names them: dataset_type, dataset_name, dataset_config."""
     task = TASKS.get(header.get("task", ""))
     if task is None:
-        return {"dataset_type": "custom", "dataset_name": Path(header.get("data") or "custom").name}
+        name = Path(header["data"]).absolute().name.encode(errors="replace").decode()  # UTF-8 cannot hold every path
+        return {"dataset_type": "custom", "dataset_name": name}
     if task.head == "span":
         return {"dataset_type": f"rajpurkar/{task.hub}", "dataset_name": task.name}
     return {"dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task.name}", "dataset_config": task.hub}

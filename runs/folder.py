@@ -84,10 +84,10 @@ def clear_states(folder: Path) -> None:
 
 
 def append(log: Path, record: dict[str, Any]) -> None:
-    """Adds a line to a log. Raises: InputError if it cannot be written."""
+    """Adds a line to a log, in ASCII: UTF-8 cannot hold every path. Raises: InputError if it cannot be written."""
     try:
         with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise not_written(log, error) from None
 

@@ -312,7 +312,7 @@ def sweep_conditions(request: SweepRequest, process: Process) -> dict[str, Any]:
 def write_results(path: Path, rows: dict[str, dict[str, Any]], process: Process) -> None:
     """Writes a line a record, on the main process."""
     if process.main:
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows.values()))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -336,6 +337,14 @@ def test_a_stage_without_output_writes_there(demo, source, finetuned, tmp_path, 
     request = StageRequest("finetune", demo / "model", source, Settings(epochs=0.1))
     folder, _ = run_stage(request)
     assert folder == Path("checkpoints/base/custom/finetune/lr_2e-05") and (folder / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_path_that_utf8_cannot_hold_is_logged(source, finetuned, tmp_path):
+    data = shutil.copytree(source.path, tmp_path / os.fsdecode(b"caf\xe9"))
+    stage(replace(source, path=data), "finetune", finetuned, tmp_path / "run", epochs=0.1)
+    assert read_records(tmp_path / "run")[0]["data"] == str(data)
+    assert "| data | caf?, " in (tmp_path / "run" / "README.md").read_text()
 
 
 # ---- evaluation ----
