@@ -106,7 +106,7 @@ def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def finished(log: Path) -> dict[str, Any] | None:
     """The best record of a run that has come to its end; None for any other."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         *_, (_, last) = read_log(log)
         return last["best"] if last["event"] == "end" else None
     return None
@@ -130,15 +130,18 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
                 "have; pass --overwrite to start again, or choose another --output"
             )
     places = ("data", "dev_data", "restore", "distill") if first.get("content") else ()  # compared by content
-    for name in header:
-        if name not in ("settings", "content", *places) and header[name] != first.get(name):
-            raise other_setting(log, name, logged=first.get(name), current=header[name])
+    for name, value in header.items():
+        new_and_off = name not in first and not value
+        if name not in ("settings", "content", *places) and not new_and_off and value != first.get(name):
+            raise other_setting(log, name, logged=first.get(name), current=value)
     for name, what in CONTENT.items() if places else ():  # a file may have moved, or be spelled otherwise
         if header["content"].get(name) != first["content"].get(name):
             option = "restore" if name == "tokenizer" else name
+            start = f"with {what} of other content, --{option} {first[option]}"
+            if first["content"].get(name) is None:  # of the hub, or no teacher
+                start = f"without --{option}"
             raise InputError(
-                f"{log}: the run was started with {what} of other content, --{option} {first[option]}; give it the "
-                "same again, or pass --overwrite to start again"
+                f"{log}: the run was started {start}; give it the same again, or pass --overwrite to start again"
             )
     for name, value in header["settings"].items():
         if value != first.get("settings", {}).get(name):

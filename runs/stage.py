@@ -220,6 +220,7 @@ def log_header(request: StageRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     }
     if source.task.name == "custom":
         header["columns"] = [source.task.text, source.task.pair, source.task.label]
+        header["regression"] = source.task.regression
     return header
 
 

@@ -31,6 +31,7 @@ START += (
     "max_seq_length",
     "protect_question",
     "columns",
+    "regression",
     "pruning",
     "settings",
 )
@@ -184,6 +185,7 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     check_same_run(log, header())  # nothing there
     write_log(tmp_path, {"event": "start"} | header())
     check_same_run(log, header())
+    check_same_run(log, header() | {"regression": False})  # which the log does not know yet
     message = "the run was started with learning_rate = 2e-05, not 0.1; use the same options"
     with pytest.raises(InputError, match=message):
         check_same_run(log, header(learning_rate=0.1))
@@ -192,6 +194,12 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     write_log(tmp_path, {"event": "start", "stage": "soft", "precision": "fp32"})
     with pytest.raises(InputError, match="started with learning_rate = None"):
         check_same_run(log, header())
+    content = {"data": None, "restore": "1", "tokenizer": "2"}
+    write_log(tmp_path, {"event": "start", "content": content, "data": "None", "restore": "a"} | header())
+    with pytest.raises(InputError, match="the run was started without --data; give it the same again"):
+        check_same_run(log, header() | {"content": content | {"data": "3"}})
+    with pytest.raises(InputError, match="started with a model of other content, --restore a; give it the same again"):
+        check_same_run(log, header() | {"content": content | {"restore": "3"}})
     log.write_text('{"event": "sta')
     with pytest.raises(InputError, match="damaged; remove it, or pass --overwrite, to start again"):
         check_same_run(log, header())

@@ -20,6 +20,8 @@ from runs.stage import StageRequest, run_stage
 from support.checkpoint import load_model
 from support.errors import InputError, Interrupted
 from support.settings import Settings
+from tasks import own_task
+from tasks.base import Source
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 20
@@ -223,6 +225,9 @@ def test_resuming_with_other_settings_is_refused(demo, start, straight, tmp_path
     # A finished run is not handed out for another one either.
     with pytest.raises(InputError, match="was started with learning_rate = 0.001, not 0.002"):
         train(demo, start, straight, learning_rate=2e-3)
+    scores = Source(own_task(None, None, None, regression=True), demo / "data")
+    with pytest.raises(InputError, match="was started with regression = False, not True"):
+        run_stage(StageRequest("soft", start, scores, Settings(), output=straight, resume=True))
 
 
 def test_a_model_that_is_no_run_is_not_resumed(demo, start, tmp_path):
