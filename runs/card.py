@@ -48,7 +48,7 @@ PRUNING = {
     "topk": "In each layer it keeps a fixed share of the tokens, those that receive the most attention.",
 }
 SHOWN_SETTINGS = ("learning_rate", "batch_size", "epochs", "seed")
-SHOWN_SOFT_SETTINGS = ("regularization", "temperature", "threshold_learning_rate")
+SHOWN_SOFT_SETTINGS = ("temperature", "threshold_learning_rate")
 
 
 def is_ours(path: Path) -> bool:
@@ -75,7 +75,7 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
     """
     path = folder / "README.md"
     if is_ours(path):
-        name = f"ltp-{header.get('task', 'custom')}-{header.get('stage', 'train')}".lower()
+        name = f"ltp-{header['task']}-{header['stage']}".lower()
         metadata = card_metadata(name, config, header=header, record=record)
         sections = (
             f"---\n{metadata.to_yaml()}\n---\n\n{MARK}\n\n# {name}\n",
@@ -88,7 +88,7 @@ def write_card(folder: Path, config: Config, header: dict[str, Any], record: dic
 
 def dataset_fields(header: dict[str, Any]) -> dict[str, str]:
     """The evaluation data as the hub names them: dataset_type, dataset_name, dataset_config."""
-    task = TASKS.get(header.get("task", ""))
+    task = TASKS.get(header["task"])
     if task is None:
         name = Path(header["data"]).absolute().name.encode(errors="replace").decode()  # UTF-8 cannot hold every path
         return {"dataset_type": "custom", "dataset_name": name}
@@ -118,8 +118,8 @@ def card_metadata(name: str, config: Config, header: dict[str, Any], record: dic
         library_name="transformers",
         pipeline_tag=hub_task,
         tags=["learned-token-pruning", "token-pruning", "ltp"],
-        base_model=base_model(Path(header["restore"])) if header.get("restore") else None,
-        datasets=[dataset["dataset_type"]] if header.get("task") in TASKS else None,
+        base_model=base_model(Path(header["restore"])),
+        datasets=[dataset["dataset_type"]] if header["task"] in TASKS else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)),
         model_name=name,
         eval_results=results,
@@ -129,22 +129,26 @@ def card_metadata(name: str, config: Config, header: dict[str, Any], record: dic
 def summary(config: Config, header: dict[str, Any], record: dict[str, Any]) -> str:
     """What the model is, what it was trained on, and how good it is."""
     noun = "windows of texts" if config.head == "span" else "examples"
-    counts = f"{header.get('examples', 0):,} training and {record['examples']:,} evaluation {noun}"
-    settings = header.get("settings", {})
-    names = SHOWN_SETTINGS + (SHOWN_SOFT_SETTINGS if header.get("stage") == "soft" else ())
-    training = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
+    counts = f"{header['examples']:,} training and {record['examples']:,} evaluation {noun}"
+    settings, names = header["settings"], SHOWN_SETTINGS
+    if settings["target_flops"]:
+        names += ("target_flops",)  # training finds λ
+    elif header["stage"] == "soft":
+        names += ("regularization",)
+    names += SHOWN_SOFT_SETTINGS if header["stage"] == "soft" else ()
+    training = ", ".join(f"{name} {settings[name]}" for name in names)
     gflops = f"{record['gflops']:.3g} of {record['dense_gflops']:.3g} GFLOPs per example; encoder layers only"
     rows = (
-        ("task", header.get("task", "custom")),
+        ("task", header["task"]),
         ("data", f"{dataset_fields(header)['dataset_name']}, {counts}"),
         *((metric, f"{value:.4f}") for metric, value in record["metrics"].items()),
         ("relative FLOPs", f"{record['relative_flops']:.3f} ({gflops})"),
         ("training", f"{training}; step {record['step']}"),
     )
-    stage = STAGES.get(header.get("stage", ""), "trained")
     return "\n".join(
         (
-            f"A {config.model_type} model of {config.num_hidden_layers} layers, {stage}. {PRUNING[config.prune_mode]}",
+            f"A {config.model_type} model of {config.num_hidden_layers} layers, {STAGES[header['stage']]}. "
+            f"{PRUNING[config.prune_mode]}",
             f"Labels: {', '.join(config.labels)}.",
             "",
             "| | |",
@@ -168,8 +172,8 @@ def layer_table(record: dict[str, Any]) -> str:
 
 def has_pairs(header: dict[str, Any]) -> bool:
     """Whether the run's examples are pairs of texts."""
-    task = TASKS.get(header.get("task", ""))
-    return bool(task.pair if task and task.head == "sequence" else header.get("columns", [None] * 3)[1])
+    task = TASKS.get(header["task"])
+    return bool(task.pair if task else header["columns"][1])
 
 
 def usage(config: Config, pairs: bool) -> str:

@@ -52,7 +52,16 @@ def test_the_cards_of_other_tasks(soft, questions, tmp_path):
         tmp_path, load_config(soft), header | {"task": "MNLI"}, record | {"metrics": {"accuracy_mismatched": 0.5}}
     )
     card = (tmp_path / "README.md").read_text()
+    assert "regularization 0.1" in card and "target_flops" not in card
     assert "GLUE MNLI" in card and "nyu-mll/glue" in card and "| accuracy_mismatched | 0.5000 |" in card
+
+
+def test_a_card_names_the_target_and_not_a_lambda_that_training_found_itself(soft, tmp_path):
+    header, record = read_records(soft)[:2]
+    header["settings"]["target_flops"] = 0.5
+    write_card(tmp_path, load_config(soft), header, record)
+    card = (tmp_path / "README.md").read_text()
+    assert "target_flops 0.5, temperature 0.0005" in card and "regularization" not in card
 
 
 def test_a_readme_of_somebody_else_stays_and_ours_is_renewed(demo, source, tmp_path):
