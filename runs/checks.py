@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ def check_pruning(config: Config, changes: dict[str, Any]) -> None:
     threshold, rate = changes.get("final_token_threshold"), changes.get("token_keep_rate")
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--final-token-threshold {threshold}: a score lies between 0 and 1, and so must a threshold")
-    if rate is not None and not -math.inf < rate <= 1:
-        raise InputError(f"--token-keep-rate {rate}: expected at most 1 (negative values prune more steeply)")
+    if rate is not None and not -1e6 <= rate <= 1:
+        raise InputError(f"--token-keep-rate {rate}: expected -1e6 to 1 (negative values prune more steeply)")
     rates = changes.get("keep_rates")
     if rates and rate is not None:
         raise InputError("--keep-rates and --token-keep-rate each say how much is kept; pass one of them")

@@ -283,13 +283,19 @@ def stage_command(request: StageRequest, config: Config, process: Process) -> st
 
 
 def speedups(row: dict[str, Any], measure: Measure, show: Show) -> dict[str, float]:
-    """The speed-up of a row's model by batch size, measured now, or read from speed.json beside the model."""
+    """The speed-up of a row's model by batch size, measured now, or read from speed.json beside the model.
+
+    Raises: InputError for a damaged file.
+    """
     file = Path(row["folder"]) / "speed.json"
     if not file.is_file():
         show(f"measuring the speed of {row['name']} ...")
         write_json(file, measure(Path(row["folder"])))
-    speeds = json.loads(file.read_text(encoding="utf-8"))["speeds"]
-    return {str(speed["batch_size"]): speed["speedup"] for speed in speeds}
+    try:
+        speeds = json.loads(file.read_text(encoding="utf-8"))["speeds"]
+        return {str(speed["batch_size"]): speed["speedup"] for speed in speeds}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: damaged ({error}); remove it to measure again") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from support.cpu import keep_freed_memory
-from support.errors import InputError
+from support.errors import InputError, plural
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def choose_device(name: str | None) -> torch.device:
     if index >= count:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         need = f", and {processes} processes need one each" if processes > 1 else ""
-        raise InputError(f"--device {name or 'cuda'}: this machine has {count} CUDA devices{need}")
+        raise InputError(f"--device {name or 'cuda'}: this machine has {plural(count, 'CUDA device')}{need}")
     return torch.device("cuda", index)
 
 

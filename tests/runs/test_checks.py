@@ -36,7 +36,8 @@ def test_the_length_is_the_users_or_the_checkpoints():
         ({"final_token_threshold": -0.1}, "--final-token-threshold -0.1"),
         ({"keep_rates": [1.0, 0.5]}, "--keep-rates: 2 rates, but the model has 5 layers"),
         ({"keep_rates": [1.0] * 5, "token_keep_rate": 0.5}, "pass one of them"),
-        ({"token_keep_rate": 1.1}, "--token-keep-rate 1.1: expected at most 1"),
+        ({"token_keep_rate": 1.1}, "--token-keep-rate 1.1: expected -1e6 to 1"),
+        ({"token_keep_rate": -2e6}, "--token-keep-rate -2000000.0"),  # a config.json with it would be refused
         ({"token_keep_rate": float("-inf")}, "--token-keep-rate -inf"),
         ({"token_keep_rate": float("nan")}, "--token-keep-rate nan"),
     ],

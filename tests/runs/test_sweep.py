@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from stages import stage
 
 from ltp import main
-from runs.sweep import Cell, SweepRequest, cell_stages, grid_cells, read_results, run_sweep, stage_command
+from runs.sweep import Cell, SweepRequest, cell_stages, grid_cells, read_results, run_sweep, speedups, stage_command
 from support.checkpoint import load_config, load_model
 from support.errors import InputError
 from support.process import Process
@@ -160,3 +160,10 @@ def test_damaged_results_are_one_line(tmp_path):
         results.write_text(text + "\n")
         with pytest.raises(InputError, match=message):
             read_results(results)
+
+
+def test_a_damaged_speed_is_one_line(tmp_path):
+    for text in ("", "{}", "[]", '{"speeds": [{"batch_size": 1}]}'):
+        (tmp_path / "speed.json").write_text(text)
+        with pytest.raises(InputError, match="speed.json: damaged .*; remove it to measure again"):
+            speedups({"folder": str(tmp_path)}, measure=None, show=None)

@@ -69,7 +69,7 @@ def test_devices_that_are_not_there(monkeypatch):
     for name, message in (
         ("gpu7", "--device gpu7: unknown"),
         ("meta", "--device meta: not supported"),
-        ("cuda:3", "--device cuda:3: this machine has 1 CUDA devices"),
+        ("cuda:3", "--device cuda:3: this machine has 1 CUDA device$"),
     ):
         with pytest.raises(InputError, match=message):
             choose_device(name)
