@@ -114,6 +114,7 @@ def mask_sum(output: Output) -> Tensor:
 # Budget: pruning to a share of the dense FLOPs
 
 BUDGET_MARGIN = 0.03  # a checkpoint that takes this much more than its target is not kept as the best one
+SAMPLE = 256  # training examples on which the thresholds are scaled to a target
 
 
 def relative_flops(config: Config, lengths: Tensor, kept: Tensor) -> float:
@@ -139,26 +140,24 @@ class Budget:
 
 
 @torch.inference_mode()
-def scale_thresholds(
-    model: Model, examples: Examples, target: float, process: Process, count: int = 256
-) -> float | None:
-    """Multiplies the thresholds by the factor with which `count` of the examples take `target` of the dense FLOPs.
+def scale_thresholds(model: Model, examples: Examples, target: float, process: Process) -> float | None:
+    """Multiplies the thresholds by the factor with which a sample of the examples takes `target` of the dense FLOPs.
 
     The main process finds the factor, and all take it. Returns it; None, with the thresholds as they were, where no
     factor prunes enough.
     """
     start = model.thresholds.detach().clone()
-    factor = find_factor(model, examples, target, process, count) if process.main else None
+    factor = find_factor(model, examples, target, process) if process.main else None
     factor = process.broadcast(factor)
     model.thresholds.data.copy_(start * (factor or 1.0))
     return factor
 
 
 @torch.inference_mode()
-def find_factor(model: Model, examples: Examples, target: float, process: Process, count: int) -> float | None:
+def find_factor(model: Model, examples: Examples, target: float, process: Process) -> float | None:
     """The factor of `scale_thresholds`, by bisection, dropping tokens as inference does. Changes the thresholds."""
     model.eval()
-    sample = np.random.default_rng(0).permutation(len(examples))[:count]
+    sample = np.random.default_rng(0).permutation(len(examples))[:SAMPLE]
     sample = sample[np.argsort(examples.lengths[sample], kind="stable")]
     batches = [examples.batch(indices).to(process.device) for indices in token_batches(sample, examples.lengths, 64)]
     lengths = torch.cat([batch.lengths for batch in batches])

@@ -142,7 +142,7 @@ def make_plan(request: StageRequest) -> Plan:
     check_output(output, request.overwrite, request.resume)
     if request.tensorboard:
         find_tensorboard()  # before anything is read
-    if output.resolve() in (Path(restore).resolve(), Path(request.distill or restore).resolve()):
+    if output.resolve() in (restore.resolve(), (request.distill or restore).resolve()):
         raise InputError(f"--output {output}: is the checkpoint to start from, or the teacher; choose another")
     return Plan(
         config=config,
@@ -238,14 +238,14 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
 
 def finished_result(plan: Plan, settings: Settings, process: Process) -> Result | None:
     """The result of a run that has come to its end; None for any other. Raises: InputError if its settings differ."""
-    log, found = plan.folder / LOG, None
+    log, ending = plan.folder / LOG, None
     if process.main and (best := finished(log)):  # other machines may not have the folder
         check_same_run(log, plan.header | {"settings": asdict(settings), "precision": process.precision})
         clear_states(plan.folder)  # a kill right after the last line left them
         _, first = next(read_log(log))
-        found = best, first["steps"]
-    found = process.broadcast(found)
-    return Result(*found, seconds_per_step=math.nan, mean_seconds_per_step=math.nan) if found else None
+        ending = best, first["steps"]
+    ending = process.broadcast(ending)
+    return Result(*ending, seconds_per_step=math.nan, mean_seconds_per_step=math.nan) if ending else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -95,19 +95,7 @@ def run_sweep(
     results = request.output / RESULTS
     rows = {row["name"]: row for row in (read_results(results) if results.is_file() else ())}  # of earlier grids
     conditions = sweep_conditions(request, process)
-    begun = rows.get("dense", {})
-    digests = begun.get("content", {})  # files may have moved, or be spelled otherwise: their content counts
-    for name, value in conditions.items():
-        earlier = begun.get(name, value)
-        if name in digests:
-            same = digests[name] == conditions["content"][name]
-        else:
-            same = earlier == value or bool(digests) and name in ("dev_data", "content")  # a part of "data"
-        if not same:
-            changed = "of other content" if earlier == value else f"not {value}"
-            raise InputError(
-                f"{results}: the sweep there was begun with {name} = {earlier}, {changed}; choose another --output"
-            )
+    check_same_sweep(results, rows.get("dense", {}), conditions)
     config = load_config(request.restore)
     config = replace(config, max_seq_length=request.max_seq_length or config.max_seq_length)
     lowest = lowest_topk_budget(request, config, show)
@@ -313,6 +301,23 @@ def sweep_conditions(request: SweepRequest, process: Process) -> dict[str, Any]:
         "precision": process.precision,
         "content": {"folder": folder_digest(request.restore), "data": source.digest()},
     }
+
+
+def check_same_sweep(results: Path, begun: dict[str, Any], conditions: dict[str, Any]) -> None:
+    """Raises InputError if the sweep there was begun under other conditions. begun: the dense model's record, or {}.
+
+    Files may have moved, or be spelled otherwise: where the record has digests of their content, those are compared.
+    """
+    digests = begun.get("content", {})
+    changed = [name for name in digests if digests[name] != conditions["content"][name]]
+    names = ("task", "precision") if digests else ("folder", "task", "data", "dev_data", "precision")
+    changed += [name for name in names if begun.get(name, conditions[name]) != conditions[name]]
+    if changed:
+        earlier, value = begun.get(changed[0]), conditions[changed[0]]
+        difference = "of other content" if earlier == value else f"not {value}"
+        raise InputError(
+            f"{results}: the sweep there was begun with {changed[0]} = {earlier}, {difference}; choose another --output"
+        )
 
 
 def write_results(path: Path, rows: dict[str, dict[str, Any]], process: Process) -> None:

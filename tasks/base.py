@@ -193,8 +193,7 @@ class Source:
         for suffix, name, _ in names:
             path = self._file(split, name)
             # The file's kind says how it is read.
-            digest = file_digest(path) if path.is_file() else None
-            identity = f"{file_kind(path)} {self.task.columns(path)} {digest}"
+            identity = f"{file_kind(path)} {self.task.columns(path)} {file_digest(path)}"
             parts[suffix] = Part(str(path), identity, self.task.read(path))
         return parts
 
