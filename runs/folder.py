@@ -30,6 +30,7 @@ from train import Result, Trainer
 RUN_FILES = ("config.json", "model.safetensors", "log.jsonl", *Tokenizer.FILES)
 LOG = "log.jsonl"
 STATES = "resume"  # subfolder with the states
+STATE_FILES = f"step-{9 * '[0-9]'}-{16 * '[0-9a-f]'}.pt"  # step-NUMBER-DIGEST.pt; another step-*.pt is not ours
 # What the log calls the training pass of a stage.
 PASSES = {"finetune": "none", "soft": "soft", "hard": "hard", "manual": "hard", "topk": "topk"}
 
@@ -73,7 +74,7 @@ def clear_states(folder: Path) -> None:
     states = folder / STATES
     temporary = [path for name in (*RUN_FILES, "README.md") for path in folder.glob(f".{name}.????????")]
     temporary += [*states.glob("step.new"), *states.glob(".step.new.????????")]
-    for path in (*temporary, *states.glob("step-*.pt")):
+    for path in (*temporary, *states.glob(STATE_FILES)):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the user's own files may be there
         states.rmdir()
@@ -181,7 +182,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
                 raise
             raise OSError(errno.ENOSPC, DISK_FULL_TEXT) from None  # torch's writer tells of its own positions instead
 
-    earlier = sorted(folder.glob("step-*.pt"))
+    earlier = sorted(folder.glob(STATE_FILES))
     whole = folder / "step.new"
     write_file(whole, write)
     whole.replace(folder / f"step-{state['step']:09d}-{file_digest(whole)}.pt")
@@ -191,7 +192,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 def load_state(folder: Path, show: Callable[[str], Any]) -> dict[str, Any] | None:
     """The latest undamaged state, on the CPU; None where there is none. Shows which damaged ones it passed over."""
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+    for path in sorted(folder.glob(STATE_FILES), reverse=True):
         if path.stem.endswith(f"-{file_digest(path)}"):
             return torch.load(path, map_location="cpu", weights_only=True)
         show(f"note: {path} is damaged; trying the one before it")

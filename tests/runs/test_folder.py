@@ -161,10 +161,13 @@ def test_the_last_two_states_stay_and_a_damaged_one_is_passed_over(tmp_path):
 
 def test_clearing_states_keeps_the_users_own_files(tmp_path):
     save_state(tmp_path / "resume", state(3))
-    (tmp_path / "resume" / "notes.txt").write_text("the user's own")
+    own = [tmp_path / "resume" / name for name in ("notes.txt", "step-100.pt")]
+    for path in own:
+        path.write_text("the user's own")
     clear_states(tmp_path)
-    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["notes.txt"]
-    (tmp_path / "resume" / "notes.txt").unlink()
+    assert sorted((tmp_path / "resume").iterdir()) == own
+    for path in own:
+        path.unlink()
     clear_states(tmp_path)
     assert not (tmp_path / "resume").exists()
 
