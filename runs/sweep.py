@@ -19,7 +19,7 @@ from runs.budget import lowest_rate, protected_tokens, topk_flops
 from runs.checks import check_pruning, known_labels, length_limit
 from runs.stage import EvaluationOptions, Progress, Show, StageRequest, evaluate_checkpoint, run_stage
 from support.checkpoint import folder_digest, load_config
-from support.errors import InputError
+from support.errors import InputError, Interrupted
 from support.files import write_json, write_text
 from support.process import Process, usual_precision
 from support.settings import STAGES, PruningOptions, Settings, flag, soft_target
@@ -243,7 +243,10 @@ def train_cell(
         commands.append(stage_command(stage, config, process))
         show(f"$ {commands[-1]}")
         torch.manual_seed(stage.settings.seed + process.rank)  # a cell does not depend on those before it
-        _, result = run_stage(stage, process, show=show, progress=progress)
+        try:
+            _, result = run_stage(stage, process, show=show, progress=progress)
+        except Interrupted as error:  # a sweep always resumes, and has no such option
+            raise Interrupted(str(error).replace(" with --resume", ""), error.number) from None
         best[stage.stage] = result.best
     row = {"commands": commands} | best[stages[-1].stage]
     if "soft" in best:

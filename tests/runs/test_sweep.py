@@ -1,7 +1,9 @@
 """The grid: its cells, that each is what its own commands train, and that a second call trains nothing twice."""
 
 import json
+import os
 import shlex
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from stages import stage
 from ltp import main
 from runs.sweep import Cell, SweepRequest, cell_stages, grid_cells, read_results, run_sweep, speedups, stage_command
 from support.checkpoint import load_config, load_model
-from support.errors import InputError
+from support.errors import InputError, Interrupted
 from support.process import Process
 from support.settings import Settings, flag, soft_target
 
@@ -81,6 +83,19 @@ def test_a_sweep_measures_each_model_once(source, dense, tmp_path):
     assert len(measured) == 3
     # Without `measure` there are no speeds of these cells.
     assert all("speedup" not in row for row in run_sweep(request))
+
+
+def test_a_stopped_sweep_goes_on_with_the_same_command(source, dense, tmp_path):
+    request = SweepRequest(dense, source, ["manual"], {}, tmp_path, adapt_epochs=0.3, batch_size=16)
+
+    def stop(step, **state):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped after step 2 of 3; the same command goes on") as caught:
+        run_sweep(request, progress=stop)
+    assert caught.value.number == signal.SIGTERM
+    assert [row["name"] for row in run_sweep(request)] == ["dense", "manual"]
 
 
 def run(*words):
