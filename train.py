@@ -113,7 +113,7 @@ def mask_sum(output: Output) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # Budget: pruning to a share of the dense FLOPs
 
-BUDGET_MARGIN = 0.03  # a checkpoint that takes this much more than its target is not kept as the best one
+BUDGET_MARGIN = 0.03  # a checkpoint that takes this much more than its target is worse than any that does not
 SAMPLE = 256  # training examples on which the thresholds are scaled to a target
 
 

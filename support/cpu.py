@@ -80,10 +80,11 @@ class FastDropout(nn.Dropout):
         """x of any shape -> the same shape and type."""
         if not self.training or self.p == 0:
             return x
-        if x.is_cuda or self.p == 1:
+        threshold = round(2**16 * self.p) - 2**15
+        if x.is_cuda or threshold == 2**15:  # the latter is no 16-bit number
             return F.dropout(x, self.p)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(2**16 * self.p) - 2**15
+        keep = bits.view(torch.int16)[: x.numel()].view(x.shape) >= threshold
         # The factor needs float32 at least: in bf16, 1 / 0.9 is 1.109.
         factor = keep.to(torch.promote_types(x.dtype, torch.float32)).mul_(1 / (1 - self.p))
         return (x * factor).to(x.dtype)
