@@ -104,6 +104,7 @@ class Config:
     score_norm: str = "max_length"  # N of the importance score: "max_length" (max_seq_length) or "length"
     max_seq_length: int = 128  # texts are cut to this many tokens
     protect_question: bool = False  # "span" heads: no token of the question is dropped
+    read_dropped: bool = False  # "sequence" heads: also read the states of dropped tokens, see `Head`
     other: dict = field(default_factory=dict, repr=False)  # config.json as it was read; saving keeps its other keys
 
     @property
@@ -781,15 +782,15 @@ class Model(nn.Module):
         survives; a classifier's last layer does not wait. Making a `Hard` waits once.
         """
         pruner = self.pruner() if pruner is None else pruner
-        seqs = layout(batch.lengths)
+        seqs = whole = layout(batch.lengths)
         alive = self.all_tokens(batch, seqs)
         x = self.embeddings(batch)
-        # Where every token has an answer, its state is added here as it is dropped.
-        exits = None if self.config.head == "sequence" else torch.zeros_like(x)  # (T, D), what the head will read
+        # Where the head reads every token, its state is added here as it is dropped.
+        exits = torch.zeros_like(x) if self.config.head != "sequence" or self.config.read_dropped else None  # (T, D)
         steps = []
         for l, layer in enumerate(self.layers):
             last = l == len(self.layers) - 1
-            first_only = last and exits is None  # a classifier's head reads the first tokens
+            first_only = last and self.config.head == "sequence"  # a classifier computes no more than the first tokens
             block = layer.first_attention_block if first_only else layer.attention_block
             presence = alive.share if pruner.masks_attention else None
             # If first_only, from here on: x (B, D) has the first tokens; alive, scores and decision are of all tokens.
@@ -797,7 +798,7 @@ class Model(nn.Module):
             scores = None if received is None else self.score(received, seqs)
             decision = pruner.decide(l, scores, alive, seqs)
             steps.append(Step(alive.tokens, scores, decision))
-            if exits is not None:
+            if exits is not None and not first_only:
                 exits = add_dropped(exits, x, alive, decision)
             if decision.keep is not None and not first_only:
                 seqs, survivors = seqs.drop(decision.keep, decision.counts)
@@ -809,9 +810,10 @@ class Model(nn.Module):
                 alive = alive._replace(share=alive.share * decision.mask)
                 if not last and not pruner.masks_attention:  # the last layer's output needs no mask, see `Soft`
                     x = x * decision.mask[:, None].to(x.dtype)
-        if exits is not None:  # what nobody dropped is added last
-            x = exits.index_add(0, alive.tokens, alive.share[:, None].to(x.dtype) * x)
-        return Output(self.head(x), steps)
+        if self.config.head != "sequence":  # what nobody dropped is added last
+            return Output(self.head(add_exits(exits, x, alive, alive.share)), steps)
+        means = None if exits is None else segment_means(exits, batch.segment_ids, whole)
+        return Output(self.head(x, means), steps)
 
     def all_tokens(self, batch: Batch, seqs: Sequences) -> Alive:
         """Every token of the batch, the first of each sequence protected."""
@@ -872,21 +874,43 @@ def add_dropped(exits: Tensor, x: Tensor, alive: Alive, decision: Decision) -> T
         dropped = alive.share * ~decision.keep
     else:
         return exits
-    return exits.index_add(0, alive.tokens, dropped[:, None].to(x.dtype) * x)
+    return add_exits(exits, x, alive, dropped)
+
+
+def add_exits(exits: Tensor, x: Tensor, alive: Alive, share: Tensor) -> Tensor:
+    """Adds to exits (T, D) the states x (T_l, D) times share (T_l,)."""
+    return exits.index_add(0, alive.tokens, share[:, None].to(x.dtype) * x)
+
+
+def segment_means(x: Tensor, segment_ids: Tensor, seqs: Sequences) -> Tensor:
+    """The mean over the tokens of each of two segments: x (T, D), segment_ids (T,) -> (B, 2 D)."""
+    groups = 2 * seqs.ids + segment_ids
+    sums = x.new_zeros(2 * seqs.lengths.size(0), x.size(1)).index_add(0, groups, x)
+    counts = x.new_zeros(sums.size(0)).index_add(0, groups, torch.ones_like(x[:, 0])).clamp(min=1)
+    return (sums / counts[:, None]).view(-1, 2 * x.size(1))
 
 
 class Head(nn.Module):
-    """Reads the first token's state: (B, D) -> logits (B, labels). BERT's pooler is the same dense layer."""
+    """Reads the first token's state: (B, D) -> logits (B, labels). BERT's pooler is the same dense layer.
+
+    With `read_dropped` it adds a linear map of what dropped tokens had become: their states when they left, summed in
+    each of two segments and divided by its tokens. The map starts at 0. Where nothing is dropped, it adds nothing.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, len(config.labels))
+        if config.read_dropped:
+            self.dropped = nn.Parameter(torch.zeros(config.hidden_size, 2 * config.hidden_size))
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(rate)
         self.input_dropout = nn.Dropout(rate if config.family == "roberta" else 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """means (B, 2 D): of the dropped tokens' states, see `segment_means`."""
+        if means is not None:
+            x = x + linear(means, self.dropped)
         return self.output(self.dropout(torch.tanh(self.dense(self.input_dropout(x)))))
 
 
@@ -962,6 +986,7 @@ def last_layer_saving(config: Config, entering: Tensor, kept: Tensor) -> Tensor:
 # Hugging Face names
 
 THRESHOLDS = "ltp.thresholds"
+OUR_NAMES = {"thresholds": THRESHOLDS, "head.dropped": "ltp.dropped"}
 # Ours -> theirs, after the family's prefix. Query, key and value are three tensors there and one here.
 LAYER_NAMES = {
     "attention.query_key_value": "attention.self.{query,key,value}",
@@ -994,8 +1019,8 @@ def tensor_names(name: str, config: Config) -> list[str]:
     >>> tensor_names("layers.0.attention.query_key_value.bias", Config(9, 2, 2, 1, 3, 20, "bert"))[1]
     'bert.encoder.layer.0.attention.self.key.bias'
     """
-    if name == "thresholds":
-        return [THRESHOLDS]
+    if name in OUR_NAMES:
+        return [OUR_NAMES[name]]
     path, kind = name.rsplit(".", 1)
     group, rest = path.split(".", 1)
     if group == "head":

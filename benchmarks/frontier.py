@@ -52,6 +52,7 @@ BUDGETS = (0.5, 0.25)
 SHALLOW = ("1+2+3", "1+2+6", "1+3+5", "1+2", "1+6")  # layers that a shallower model may consist of
 TITLES = {  # of the methods in the figure
     "ltp": "LTP",
+    "ltp-read": "LTP, the head reads what left",
     "fixed": "LTP's start, not learned",
     "manual": "manual, l / L",
     "topk": "top-k at LTP's rates",
@@ -85,9 +86,9 @@ class Bench:
     dense: Path  # the fine-tuned model's folder
     process: Process
 
-    def student(self) -> Model:
-        """The dense model, to be pruned."""
-        return load_model(self.dense, self.labels or ("score",)).model
+    def student(self, **changes: Any) -> Model:
+        """The dense model, to be pruned. changes: of its configuration."""
+        return load_model(self.dense, self.labels or ("score",), **changes).model
 
     def train(self, model: Model, stage: str, pruner: Pruner | None = None, **changes: Any) -> Model:
         """Trains a stage to its last step. pruner: in place of the stage's own. changes: of the settings."""
@@ -178,6 +179,9 @@ def cells(
             for count in soft_epochs:
                 name = {"method": "ltp", "target": target, "soft_epochs": count}
                 yield name, lambda: (learned(bench, bench.student(), target, count), None)
+        if "ltp-read" in methods:
+            name = {"method": "ltp-read", "target": target}
+            yield name, lambda: (learned(bench, bench.student(read_dropped=True), target, soft_epochs[0]), None)
         if "fixed" in methods:
             name = {"method": "fixed", "target": target}
             yield name, lambda: (learned(bench, bench.student(), target, 0), None)

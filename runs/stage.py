@@ -179,6 +179,8 @@ def check_head(request: StageRequest, config: Config) -> None:
         raise InputError(f"{request.restore}: has no head for {task.title}; run `finetune` on it first")
     if request.options.protect_question is not None and task.head != "span":
         raise InputError(f"--protect-question is for questions on texts, which {task.title} does not have")
+    if request.options.read_dropped and task.head != "sequence":
+        raise InputError(f"--read-dropped is for classifiers; the head of {task.title} reads every token")
 
 
 def choose_length(request: StageRequest, config: Config, notes: list[str]) -> int | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from model import (
     ACTIVATIONS,
     FAMILY,
+    OUR_NAMES,
     THRESHOLDS,
     Config,
     Head,
@@ -146,8 +147,9 @@ def check_choices(raw: dict, where: str) -> None:
         if key in raw and (not isinstance(raw[key], str | None) or raw[key] not in supported):
             names = ", ".join("null" if name is None else name for name in supported)
             raise bad_value(raw, where, key, f"supported are {names}")
-    if type(raw.get("protect_question", False)) is not bool:
-        raise bad_value(raw, where, "protect_question", "expected true or false")
+    for key in ("protect_question", "read_dropped"):
+        if type(raw.get(key, False)) is not bool:
+            raise bad_value(raw, where, key, "expected true or false")
 
 
 def check_labels(raw: dict, where: str) -> None:
@@ -283,7 +285,7 @@ def usual_name(name: str, family: str) -> str:
     >>> usual_name("ltp.embeddings.LayerNorm.gamma", "roberta"), usual_name("encoder.layer.0.output.dense.bias", "bert")
     ('roberta.embeddings.LayerNorm.weight', 'bert.encoder.layer.0.output.dense.bias')
     """
-    if name == THRESHOLDS:
+    if name in OUR_NAMES.values():
         return name
     name = re.sub(r"^((module|_orig_mod)\.)+", "", name)  # DistributedDataParallel, torch.compile
     # Conversions from TensorFlow call a norm's weight gamma and its bias beta.
@@ -380,6 +382,7 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
             tensors[THRESHOLDS] = thresholds
     has_thresholds = THRESHOLDS in tensors
     fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
+    fresh["head.dropped"] = torch.zeros(config.hidden_size, 2 * config.hidden_size)
 
     with torch.device("meta"):  # no time or memory for weights that are replaced at once
         model = Model(config)

@@ -209,13 +209,20 @@ protect_option = option(
     default=None,
     help="SQuAD: keep all tokens of the question, or prune them too.  [default: the checkpoint's, else prune]",
 )
+read_option = option(
+    "--read-dropped",
+    is_flag=True,
+    default=None,
+    help="Classifiers: the head also reads the states of dropped tokens, as they were when they left.  [default: the "
+    "checkpoint's, else not]",
+)
 # How a stage prunes, besides the settings.
 STAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "finetune": (),
-    "soft": (threshold_option, score_norm_option, protect_option),
+    "soft": (threshold_option, score_norm_option, protect_option, read_option),
     "hard": (),
-    "topk": (keep_rate_option, keep_rates_option, protect_option),
-    "manual": (threshold_option, score_norm_option, protect_option),
+    "topk": (keep_rate_option, keep_rates_option, protect_option, read_option),
+    "manual": (threshold_option, score_norm_option, protect_option, read_option),
 }
 TARGET_SETTINGS = ", ".join(
     flag(name) + ("" if value is True else f" {value:g}") for name, value in soft_target(128).items()

@@ -104,6 +104,7 @@ class PruningOptions:
     score_norm: str | None = None
     max_seq_length: int | None = None
     protect_question: bool | None = None
+    read_dropped: bool | None = None
 
 
 def flag(name: str) -> str:

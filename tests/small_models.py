@@ -29,6 +29,8 @@ def small_model(**changes) -> Model:
     torch.manual_seed(0)
     model = Model(replace(SMALL, **changes))
     initialize(model, 0.15)
+    if model.config.read_dropped:
+        nn.init.normal_(model.head.dropped, std=0.5)
     return model.eval()
 
 

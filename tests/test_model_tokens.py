@@ -1,10 +1,10 @@
-"""Heads that answer for every token: exits of dropped tokens, soft shares, protected questions."""
+"""Heads that read more than the first token: exits of dropped tokens, soft shares, protected questions."""
 
 import pytest
 import torch
 from small_models import MODES, EverySecond, make_pruner, pruning_model, random_sequences
 
-from model import Decision, Dense, Hard, Pruner, Sequences, Soft, pack, threshold_ladder
+from model import Batch, Decision, Dense, Hard, Model, Pruner, Sequences, Soft, pack, threshold_ladder
 
 
 @pytest.mark.parametrize("rule", [*MODES, "second"])
@@ -135,3 +135,66 @@ def test_a_pruner_may_drop_nothing_in_some_layers():
         assert torch.equal(output.kept, torch.stack([lengths] * 3 + [lengths.clamp(max=3)] * 2))
         assert [len(step.tokens) for step in output.steps] == [int(lengths.sum())] * 4 + [int(output.kept[-1].sum())]
         assert (output.logits - dense.logits).abs().max() > 0.01
+
+
+def classifier_that_reads(**changes) -> Model:
+    return pruning_model(read_dropped=True, **changes)
+
+
+def pairs(count: int) -> Batch:
+    sequences = random_sequences(count)
+    return pack(sequences, [[int(i > len(ids) // 3) for i in range(len(ids))] for ids in sequences])
+
+
+@pytest.mark.parametrize("rule", ["hard", "topk", "second", "soft_attention"])
+def test_a_classifier_reads_the_states_of_dropped_tokens(rule):
+    """The states, taken from the layers by hooks, are summed token by token with loops."""
+    model, batch = classifier_that_reads(), pairs(6)
+    pruner = EverySecond() if rule == "second" else make_pruner(model, rule)
+    states, read = [], []
+    for layer in model.layers:
+        layer.attention_norm.register_forward_hook(lambda module, args, out: states.append(out))
+    model.head.register_forward_pre_hook(lambda module, args: read.append(args))
+    with torch.inference_mode():
+        output = model(batch, pruner)
+    ((first, means),) = read
+    expected, sizes = torch.zeros(6, 2, 30), torch.zeros(6, 2)
+    ids = Sequences(batch.lengths).ids.tolist()
+    for t, segment in enumerate(batch.segment_ids.tolist()):
+        sizes[ids[t], segment] += 1
+    shares = torch.ones(len(ids))
+    for state, step in zip(states[:-1], output.steps):  # in the last layer nobody is dropped: only first tokens go on
+        stay = step.decision.keep if step.decision.mask is None else step.decision.mask
+        stay = torch.ones(len(step.tokens)) if stay is None else stay.float()
+        for row, t in enumerate(step.tokens.tolist()):
+            expected[ids[t], batch.segment_ids[t]] += shares[t] * (1 - stay[row]) * state[row]
+            shares[t] *= stay[row]
+    expected = (expected / sizes[:, :, None]).flatten(1)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(means, expected, atol=1e-5, rtol=0)
+    head = model.head
+    logits = head.output(torch.tanh(head.dense(first + expected @ head.dropped.T)))
+    torch.testing.assert_close(output.logits, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", [*MODES, "second"])
+def test_what_a_classifier_reads_does_not_depend_on_the_batch(rule):
+    model, batch = classifier_that_reads(), pairs(7)
+    pruner = EverySecond() if rule == "second" else make_pruner(model, rule)
+    parts = zip(*(part.split(batch.lengths.tolist()) for part in batch[:2]))
+    with torch.inference_mode():
+        together = model(batch, pruner).logits
+        alone = torch.cat([model(pack([ids.tolist()], [segments.tolist()]), pruner).logits for ids, segments in parts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_that_reads_dropped_tokens_is_the_plain_one_where_none_is_dropped(tmp_path):
+    model, batch = classifier_that_reads(), pairs(5)
+    model.save(tmp_path)
+    again, plain = Model.load(tmp_path), pruning_model()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "head.dropped"})
+    with torch.inference_mode():
+        assert torch.equal(model(batch, Dense()).logits, plain(batch, Dense()).logits)
+        hard = Hard(model.thresholds)
+        assert torch.equal(again(batch, hard).logits, model(batch, hard).logits)
+        assert not torch.allclose(model(batch, hard).logits, plain(batch, hard).logits, atol=0.01)

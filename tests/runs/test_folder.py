@@ -30,6 +30,7 @@ START += (
     "score_norm",
     "max_seq_length",
     "protect_question",
+    "read_dropped",
     "columns",
     "regression",
     "pruning",

@@ -281,6 +281,20 @@ def test_pruning_options_out_of_range(source, finetuned, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_only_classifiers_read_dropped_tokens(tags, tmp_path):
+    source, dense = tags
+    with pytest.raises(InputError, match="--read-dropped is for classifiers"):
+        stage(source, "soft", dense, tmp_path, PruningOptions(read_dropped=True))
+
+
+def test_a_classifier_learns_to_read_dropped_tokens(source, finetuned, tmp_path):
+    stage(source, "manual", finetuned, tmp_path / "manual", PruningOptions(read_dropped=True), target_flops=0.5)
+    manual, dense = (load_model(folder).model for folder in (tmp_path / "manual", finetuned))
+    assert manual.config.read_dropped and manual.head.dropped.abs().max() > 0 and not hasattr(dense.head, "dropped")
+    stage(source, "hard", tmp_path / "manual", tmp_path / "hard", epochs=0.1)  # it goes on as it was
+    assert load_config(tmp_path / "hard").read_dropped
+
+
 def test_a_checkpoint_of_another_kind_is_refused(source, finetuned, trained, tmp_path):
     with pytest.raises(InputError, match="another kind of task than your own data"):
         evaluate_checkpoint(trained.folder, source, Process())

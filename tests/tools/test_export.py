@@ -93,6 +93,7 @@ def test_inputs_are_those_that_the_answer_depends_on():
     "head, changes",
     [
         ("sequence", {"type_vocab_size": 1, "score_norm": "length"}),
+        ("sequence", {"read_dropped": True}),
         ("token", {}),
         ("span", {"type_vocab_size": 1, "protect_question": True}),
     ],
