@@ -23,6 +23,7 @@ Departures from the authors' release:
 - all thresholds are one vector of the model, saved with the weights as `ltp.thresholds`;
 - the regulariser runs over real tokens only, and dropout never touches a score;
 - soft masks may act on attention instead of states, which comes closer to dropping (see `Soft`);
+- a classifier may also read the states of dropped tokens (`read_dropped`, see `Head`);
 - top-k's rate is clamped at 0, not at 0.01.
 
 Read from top to bottom: configuration, sequences in a flat run, pruning rules, pruners, attention, layer, encoder,
