@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from support.errors import InputError, plural
+from support.errors import InputError, Interrupted, plural
 from support.options import (
     STAGE_HELP,
     SWEEP_TARGETS,
@@ -127,7 +127,10 @@ def train_stage(stage: str, options: dict[str, Any]) -> None:
         )
         process = start(options, settings.seed)
         show, progress = (show, progress) if process.main else (quiet, quiet)
-        folder, result = run_stage(request, process, show, progress)
+        try:
+            folder, result = run_stage(request, process, show, progress)
+        except Interrupted as error:
+            raise Interrupted(f"{error}; the same command with --resume goes on", error.number) from None
     if process.main:
         evaluation_table([(stage, result.best)])
         times = result.seconds_per_step, result.mean_seconds_per_step

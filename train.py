@@ -442,7 +442,7 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
 
 def interrupted(trainer: Trainer, run: Run) -> Interrupted:
     """The error after a signal, when the state is saved."""
-    message = f"stopped after step {trainer.completed} of {trainer.steps}; the same command with --resume goes on"
+    message = f"stopped after step {trainer.completed} of {trainer.steps}"
     return Interrupted(message, run.stop_signal or signal.SIGTERM)  # without one, it was another process's signal
 
 

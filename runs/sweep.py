@@ -245,8 +245,8 @@ def train_cell(
         torch.manual_seed(stage.settings.seed + process.rank)  # a cell does not depend on those before it
         try:
             _, result = run_stage(stage, process, show=show, progress=progress)
-        except Interrupted as error:  # a sweep always resumes, and has no such option
-            raise Interrupted(str(error).replace(" with --resume", ""), error.number) from None
+        except Interrupted as error:
+            raise Interrupted(f"{error}; the same command goes on", error.number) from None
         best[stage.stage] = result.best
     row = {"commands": commands} | best[stages[-1].stage]
     if "soft" in best:

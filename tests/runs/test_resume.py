@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -72,8 +73,7 @@ def stop_after(last: int, number: int = signal.SIGTERM):
 
 
 def stopped(demo: Path, start: Path, output: Path, last: int, number: int = signal.SIGTERM, **changes) -> None:
-    message = f"stopped after step {last} of {STEPS}; the same command with --resume goes on"
-    with pytest.raises(Interrupted, match=message) as caught:
+    with pytest.raises(Interrupted, match=f"^stopped after step {last} of {STEPS}$") as caught:
         train(demo, start, output, stop_after(last, number), **changes)
     assert caught.value.number == number
 
@@ -295,6 +295,17 @@ def kill_at_random_moments(demo, start, tmp_path, kills: int) -> None:
         process.wait()
     finish(broken)
     same(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_a_stopped_command_tells_how_it_goes_on(demo, start, tmp_path):
+    long = [*command(demo, start, tmp_path, sys.executable), "--epochs", "1000"]
+    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while process.poll() is None and not list((tmp_path / STATES).glob("step-*.pt")):
+        time.sleep(0.01)
+    process.terminate()
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search("stopped after step [0-9]+ of [0-9]+; the same command with --resume goes on$", errors.strip())
 
 
 def test_killed_at_random_moments(demo, start, tmp_path):
