@@ -228,14 +228,14 @@ def log_header(request: StageRequest, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def default_output(stage: str, restore: Path, task: Task, config: Config, settings: Settings) -> Path:
     """Where a stage writes without --output: the folders of the authors' release, and never the hub's cache."""
-    base, rate = Path("checkpoints/base", task.name.replace("-", "")), f"lr_{settings.learning_rate}"
+    base, rate = Path("checkpoints/base", task.name.replace("-", "")), Path(f"lr_{settings.learning_rate}")
+    if settings.target_flops:
+        rate = f"flops_{settings.target_flops}" / rate
     if stage == "soft":
-        goal = f"flops_{settings.target_flops}" if settings.target_flops else f"lambda_{settings.regularization}"
+        goal = "" if settings.target_flops else f"lambda_{settings.regularization}"
         threshold, temperature = f"rate_{config.final_token_threshold}", f"temperature_{settings.temperature}"
         return base / "absolute_threshold" / threshold / temperature / goal / rate
-    if stage == "finetune" or cached_name(restore):
-        return base / stage / rate
-    return Path(restore, stage, rate)
+    return (base if stage == "finetune" or cached_name(restore) else restore) / stage / rate
 
 
 def finished_result(plan: Plan, settings: Settings, process: Process) -> Result | None:

@@ -226,7 +226,7 @@ def cell_stages(cell: Cell, request: SweepRequest, config: Config) -> list[Stage
                 settings=settings,
                 options=PruningOptions(max_seq_length=request.max_seq_length),
                 output=folder,
-                resume=True,
+                resume=folder.exists(),
                 distill=request.distill,
             )
         )

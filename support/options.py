@@ -264,7 +264,7 @@ STAGE_HELP = {
     \b
     python ltp.py hard --task MRPC --restore CKPT_of_soft --lr 1e-5
 
-    Writes CKPT/hard/lr_LR.
+    Writes CKPT/hard/lr_LR (with a target CKPT/hard/flops_TARGET/lr_LR).
     """,
     "topk": """Baseline: keep a fixed share of each text's tokens.
 
@@ -274,7 +274,7 @@ STAGE_HELP = {
     \b
     python ltp.py topk --task MRPC --restore CKPT_of_finetune --token-keep-rate .2
 
-    Writes CKPT/topk/lr_LR.
+    Writes CKPT/topk/lr_LR (with a target CKPT/topk/flops_TARGET/lr_LR).
     """,
     "manual": """Baseline: drop tokens by fixed thresholds θ·l/L.
 
@@ -283,7 +283,7 @@ STAGE_HELP = {
     \b
     python ltp.py manual --task MRPC --restore CKPT_of_finetune --threshold 0.01
 
-    Writes CKPT/manual/lr_LR.
+    Writes CKPT/manual/lr_LR (with a target CKPT/manual/flops_TARGET/lr_LR).
     """,
 }
 output_section = section(

@@ -47,7 +47,9 @@ def test_cells_have_the_settings_of_their_commands(source, dense, tmp_path):
         | {"load_best": False}
     )
     assert hard.settings == Settings(target_flops=0.5, learning_rate=1e-4, epochs=5.0, batch_size=8)
-    assert hard.restore == soft.output == tmp_path / Cell("ltp", point).name / "soft" and soft.resume
+    assert hard.restore == soft.output == tmp_path / Cell("ltp", point).name / "soft" and not soft.resume
+    soft.output.mkdir(parents=True)  # of a sweep that was stopped
+    assert cell_stages(Cell("ltp", point), request, config)[0].resume
     words = shlex.split(stage_command(soft, config, Process(precision="bf16")))
     assert words[:3] == ["python", "ltp.py", "soft"] and words[words.index("--temperature") + 1] == "0.003"
     usual = {"--lr-threshold", "--temperature-end", "--mask-attention", flag("mask_attention")}  # the target's own
