@@ -6,9 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+NARROWEST = 24  # columns of text that a table's last column has at least
 
 
 def quiet(*args: Any, **state: Any) -> None:
@@ -44,7 +47,7 @@ def screen() -> Iterator[tuple[Callable[[str], Any], Callable[..., Any]]]:
 
 
 def output_console() -> Console:
-    """Standard output: as wide as the terminal, or wide enough for all tables where it is a file or a pipe."""
+    """Standard output: as wide as the terminal, or 160 columns of text where it is a file or a pipe."""
     console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160
@@ -59,12 +62,25 @@ def new_table(left: tuple[str, ...], *names: str) -> Table:
     return table
 
 
+def print_whole(table: Table) -> None:
+    """Prints a table on standard output, with nothing cut off: a row is a line in a file or a pipe.
+
+    On a terminal that is too narrow the last column's text takes several lines.
+    """
+    console = output_console()
+    *others, last = (max(map(cell_len, (column.header, *column.cells))) for column in table.columns)
+    fixed = sum(others) + 3 * len(others)  # three for each line between two columns
+    console.width = max(console.width, fixed + min(last, NARROWEST)) if console.is_terminal else fixed + last
+    table.columns[-1].no_wrap, table.columns[-1].overflow = False, "fold"
+    console.print(table)
+
+
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Prints rows of text on standard output. The first and the last column are aligned to the left."""
     table = new_table((columns[0], columns[-1]), *columns)
     for row in rows:
         table.add_row(*row)
-    output_console().print(table)
+    print_whole(table)
 
 
 def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
@@ -94,7 +110,7 @@ def evaluation_table(rows: list[tuple[str, dict[str, Any]]]) -> None:
             *(f"{record['speedup'][size]:.2f}x" if "speedup" in record else "" for size in sizes),
             " ".join(f"{share:.2f}" for share in record["kept"]),
         )
-    output_console().print(table)
+    print_whole(table)
     for title, record in rows if others else ():
         values = ", ".join(f"{name.replace('_', ' ')} {record['metrics'][name]:.4f}" for name in others)
         print(f"{title}: {values}")
@@ -125,7 +141,7 @@ def speed_table(result: dict[str, Any]) -> None:
             f"{row['speedup']:.2f}x",
             f"{flops_to_time:.2f}" if row["model"] == "pruned" else "",
         )
-    output_console().print(table)
+    print_whole(table)
     print(f"\n{conditions_line(result['conditions'])}")
 
 

@@ -15,6 +15,21 @@ def test_evaluations_stand_side_by_side(capsys):
     assert hard == ["[:heart:]", "0.9100", "0.8750", "1.23", "0.500", "1.50x", "2.00x", "1.00 0.25"]
 
 
+def test_no_number_is_cut_off(capsys, monkeypatch):
+    names, shares = [f"ltp-target-flops-0.{i}-distilled" for i in range(2)], [i / 100 for i in range(24)]
+    rows = [(name, RECORD | {"speedup": {1: 1.5, 32: 2.0}, "kept": shares}) for name in names]
+    evaluation_table(rows)  # into a pipe: a row is a line
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert "speed at 32" in header and len(lines) == 2
+    assert all(line.startswith(name) and line.endswith("0.21 0.22 0.23") for name, line in zip(names, lines))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    for width in ("40", "140"):
+        monkeypatch.setenv("COLUMNS", width)
+        evaluation_table(rows)
+        out = capsys.readouterr().out
+        assert "…" not in out and all(text in out for text in (*names, "0.9100", "2.00x", "0.23"))
+
+
 def test_many_metrics_go_below_the_table(capsys):
     evaluation_table([("eval", RECORD | {"metrics": {f"metric_{i}": i / 10 for i in range(5)}})])
     out = capsys.readouterr().out
