@@ -884,11 +884,14 @@ def add_exits(exits: Tensor, x: Tensor, alive: Alive, share: Tensor) -> Tensor:
 
 
 def segment_means(x: Tensor, segment_ids: Tensor, seqs: Sequences) -> Tensor:
-    """The mean over the tokens of each of two segments: x (T, D), segment_ids (T,) -> (B, 2 D)."""
-    groups = 2 * seqs.ids + segment_ids
-    sums = x.new_zeros(2 * seqs.lengths.size(0), x.size(1)).index_add(0, groups, x)
-    counts = x.new_zeros(sums.size(0)).index_add(0, groups, torch.ones_like(x[:, 0])).clamp(min=1)
-    return (sums / counts[:, None]).view(-1, 2 * x.size(1))
+    """The mean over the tokens of each of two segments: x (T, D), segment_ids (T,) -> (B, 2 D).
+
+    Summed in float32: in bf16 a count would end at 256. A third segment counts as the second.
+    """
+    groups = 2 * seqs.ids + segment_ids.clamp(max=1)
+    sums = torch.zeros(2 * seqs.lengths.size(0), x.size(1), device=x.device).index_add(0, groups, x.float())
+    counts = sums.new_zeros(sums.size(0)).index_add(0, groups, sums.new_ones(groups.size(0)))
+    return (sums / counts.clamp(min=1)[:, None]).view(-1, 2 * x.size(1)).to(x.dtype)
 
 
 class Head(nn.Module):

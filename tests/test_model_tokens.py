@@ -4,7 +4,19 @@ import pytest
 import torch
 from small_models import MODES, EverySecond, make_pruner, pruning_model, random_sequences
 
-from model import Batch, Decision, Dense, Hard, Model, Pruner, Sequences, Soft, pack, threshold_ladder
+from model import (
+    Batch,
+    Decision,
+    Dense,
+    Hard,
+    Model,
+    Pruner,
+    Sequences,
+    Soft,
+    pack,
+    segment_means,
+    threshold_ladder,
+)
 
 
 @pytest.mark.parametrize("rule", [*MODES, "second"])
@@ -198,3 +210,15 @@ def test_a_classifier_that_reads_dropped_tokens_is_the_plain_one_where_none_is_d
         hard = Hard(model.thresholds)
         assert torch.equal(again(batch, hard).logits, model(batch, hard).logits)
         assert not torch.allclose(model(batch, hard).logits, plain(batch, hard).logits, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_of_segments_by_hand(dtype):
+    """bf16 counts no further than 256. A sequence without a second segment has a mean of 0 there."""
+    seqs, segments = Sequences(torch.tensor([700, 3, 2])), torch.tensor([0] * 300 + [1] * 400 + [0] * 3 + [0, 2])
+    states = torch.tensor(
+        [[3.0, 1.0]] * 300 + [[0.5, -2.0]] * 400 + [[1.0, 0.0], [3.0, 0.0], [2.0, 6.0], *[[5.0, 4.0]] * 2]
+    )
+    means = segment_means(states.to(dtype), segments, seqs)
+    assert means.dtype == dtype
+    assert means.tolist() == [[3, 1, 0.5, -2], [2, 2, 0, 0], [5, 4, 5, 4]]
