@@ -134,7 +134,8 @@ class Traceable(nn.Module):
     def input_names(self) -> list[str]:
         """input_ids and attention_mask; token_type_ids and question_length where the answer depends on them."""
         config = self.model.config
-        depends = (config.type_vocab_size > 1, config.head == "span" and config.protect_question)
+        segments = config.type_vocab_size > 1 or (config.head == "sequence" and config.read_dropped)
+        depends = (segments, config.head == "span" and config.protect_question)
         more = [name for name, used in zip(("token_type_ids", "question_length"), depends) if used]
         return ["input_ids", "attention_mask", *more]
 
@@ -341,8 +342,7 @@ def compare(model: Model, path: Path) -> str:
     lengths = sorted({1, 2, *(max(2, round(limit * share)) for share in (0.05, 0.15, 0.3, 0.5, 0.75, 1.0))})
     token_ids = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     questions = [n // 3 + 1 for n in lengths]
-    reads_segments = model.config.type_vocab_size > 1
-    segment_ids = [[int(i >= question and reads_segments) for i in range(n)] for n, question in zip(lengths, questions)]
+    segment_ids = [[int(i >= question) for i in range(n)] for n, question in zip(lengths, questions)]
     batch = pack(token_ids, segment_ids, questions)
     expected = model(batch)
     logits, kept = session.run(OUTPUTS, padded_inputs(batch, [node.name for node in session.get_inputs()]))

@@ -86,6 +86,7 @@ def test_inputs_are_those_that_the_answer_depends_on():
     assert names() == [*always, "token_type_ids"]
     assert names(type_vocab_size=1) == names(type_vocab_size=1, **span) == always
     assert names(type_vocab_size=1, protect_question=True, **span) == [*always, "question_length"]
+    assert names(type_vocab_size=1, read_dropped=True) == [*always, "token_type_ids"]
 
 
 @pytest.mark.parametrize("prune_mode", PRUNE_MODES)
@@ -93,7 +94,7 @@ def test_inputs_are_those_that_the_answer_depends_on():
     "head, changes",
     [
         ("sequence", {"type_vocab_size": 1, "score_norm": "length"}),
-        ("sequence", {"read_dropped": True}),
+        ("sequence", {"read_dropped": True, "type_vocab_size": 1}),
         ("token", {}),
         ("span", {"type_vocab_size": 1, "protect_question": True}),
     ],
