@@ -440,7 +440,7 @@ def match_labels(tensors: dict[str, Tensor], config: Config, labels: tuple[str, 
 def fresh_head(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Removes an old head from `tensors`. Returns the weights of a new one by our parameters' names."""
     for name in list(tensors):
-        if name.startswith(("classifier.", "qa_outputs.")):
+        if name.startswith(("classifier.", "qa_outputs.")) or name == OUR_NAMES["head.dropped"]:
             del tensors[name]
     head = Head(config) if config.head == "sequence" else TokenHead(config)
     initialize(head, config.initializer_range)

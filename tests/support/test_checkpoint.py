@@ -217,6 +217,14 @@ def test_changes_of_the_configuration(tmp_path):
     assert torch.equal(loaded.model.thresholds, threshold_ladder(0.05, 5))
 
 
+def test_a_new_head_leaves_the_old_heads_map_of_dropped_tokens_behind(tmp_path):
+    save_model(tmp_path, small_model(read_dropped=True))
+    assert load_model(tmp_path).model.head.dropped.all()
+    assert not load_model(tmp_path, ("p", "q"), new_head=True).model.head.dropped.any()
+    tagger = load_model(tmp_path, ("p", "q"), new_head=True, head="token").model
+    assert not hasattr(tagger.head, "dropped")
+
+
 def test_new_head_when_the_number_of_classes_changes(tmp_path):
     save_model(tmp_path, small_model())
     loaded = load_model(tmp_path, labels=("p", "q"), new_head=True)
