@@ -223,7 +223,6 @@ class Sequences:
         if min(self.sizes) < 1:
             raise ValueError("a sequence has no tokens; a pruner must keep the protected ones")
         self.num_tokens = sum(self.sizes)
-        self.known_ids: Tensor | None = None  # `ids`, where they need not be made from the lengths
 
     @property
     def single(self) -> bool:
@@ -243,8 +242,6 @@ class Sequences:
     @cached_property
     def ids(self) -> Tensor:
         """(T,) the sequence that each token belongs to."""
-        if self.known_ids is not None:
-            return self.known_ids
         sequences = torch.arange(len(self.sizes), device=self.lengths.device)
         return sequences.repeat_interleave(self.lengths, output_size=self.num_tokens)
 
@@ -287,7 +284,7 @@ class Sequences:
         if smaller.num_tokens == self.num_tokens:
             return self, None
         survivors = keep.nonzero_static(size=smaller.num_tokens).squeeze(1)
-        smaller.known_ids = self.ids.index_select(0, survivors)
+        smaller.ids = self.ids.index_select(0, survivors)  # known: they need not be made from the lengths
         return smaller, survivors
 
 
@@ -587,7 +584,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(2, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid) -> Tensor:
-        """The fused kernel, as nobody needs the probabilities; with dropout, a CPU is faster without it."""
+        """By the fused kernel: nobody needs the probabilities. With dropout, writing them down is faster on a CPU."""
         rate = self.dropout.p if self.training else 0.0
         if rate > 0 and not query.is_cuda:
             return attend_and_score(query, key, value, grid, None, self.dropout)[0]
@@ -687,7 +684,7 @@ class Layer(nn.Module):
     def first_attention_block(
         self, x: Tensor, seqs: Sequences, presence: Tensor | None = None, score: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The same of the first token of each sequence alone: (B, D). Where nothing is scored, only they ask."""
+        """The same of the first token of each sequence alone: (B, D). Scores need the queries of all tokens."""
         if score:
             x, received = self.attention_block(x, seqs, presence, score)
             return x.index_select(0, seqs.starts), received
@@ -786,7 +783,7 @@ class Model(nn.Module):
         seqs = whole = layout(batch.lengths)
         alive = self.all_tokens(batch, seqs)
         x = self.embeddings(batch)
-        # Where the head reads every token, its state is added here as it is dropped.
+        # The states of dropped tokens, for heads that read them.
         exits = torch.zeros_like(x) if self.config.head != "sequence" or self.config.read_dropped else None  # (T, D)
         steps = []
         for l, layer in enumerate(self.layers):
@@ -867,7 +864,8 @@ class Model(nn.Module):
 def add_dropped(exits: Tensor, x: Tensor, alive: Alive, decision: Decision) -> Tensor:
     """Adds to exits (T, D) the state x (T_l, D) of each token times the share of it that this layer drops.
 
-    Hard rules drop the whole of a token once, a soft mask 1 - m of what is left of it. Its shares sum to 1.
+    Hard rules drop the whole of a token once, a soft mask 1 - m of what is left of it. With what remains after the last
+    layer, its shares sum to 1.
     """
     if decision.mask is not None:
         dropped = alive.share * (1 - decision.mask)
@@ -898,7 +896,8 @@ class Head(nn.Module):
     """Reads the first token's state: (B, D) -> logits (B, labels). BERT's pooler is the same dense layer.
 
     With `read_dropped` it adds a linear map of what dropped tokens had become: their states when they left, summed in
-    each of two segments and divided by its tokens. The map starts at 0. Where nothing is dropped, it adds nothing.
+    each of two segments and divided by the number of all its tokens. The map starts at 0. Tokens that nobody dropped
+    before the last layer are not in the sums: where nothing is dropped, the map adds nothing.
     """
 
     def __init__(self, config: Config):

@@ -60,7 +60,7 @@ class TracedSequences(Sequences):
 
     def __init__(self, lengths: Tensor, original_lengths: Tensor, ids: Tensor):
         """lengths, original_lengths (B,), ids (T,): see `Sequences`."""
-        self.lengths, self.original_lengths, self.known_ids = lengths, original_lengths, ids
+        self.lengths, self.original_lengths, self.ids = lengths, original_lengths, ids
         self.num_tokens = ids.size(0)
 
     @cached_property
