@@ -172,10 +172,10 @@ def find_factor(model: Model, examples: Examples, target: float, process: Proces
         return relative_flops(model.config, lengths, kept)
 
     low, high = 0.0, 1.0
-    while cost(high) > target and high <= 10_000:
+    while cost(high) > target:
+        if high > 10_000:
+            return None
         low, high = high, 2 * high
-    if high > 10_000:
-        return None
     for _ in range(9):
         middle = (low + high) / 2
         low, high = (low, middle) if cost(middle) <= target else (middle, high)

@@ -29,9 +29,6 @@ class ListRun:
         self.losses, self.records, self.states, self.at_step = [], [], [], at_step
         self.stop_signal: int | None = None
 
-    def show(self, line):
-        raise AssertionError("the loop has nothing to say")
-
     def note(self, trainer, loss, best):
         self.losses.append(loss)
         self.at_step(trainer)
