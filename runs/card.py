@@ -136,6 +136,7 @@ def summary(config: Config, header: dict[str, Any], record: dict[str, Any]) -> s
     elif header["stage"] == "soft":
         names += ("regularization",)
     names += SHOWN_SOFT_SETTINGS if header["stage"] == "soft" else ()
+    reads = " Its head also reads the states of dropped tokens." if config.read_dropped else ""
     training = ", ".join(f"{name} {settings[name]}" for name in names)
     gflops = f"{record['gflops']:.3g} of {record['dense_gflops']:.3g} GFLOPs per example; encoder layers only"
     rows = (
@@ -148,7 +149,7 @@ def summary(config: Config, header: dict[str, Any], record: dict[str, Any]) -> s
     return "\n".join(
         (
             f"A {config.model_type} model of {config.num_hidden_layers} layers, {STAGES[header['stage']]}. "
-            f"{PRUNING[config.prune_mode]}",
+            f"{PRUNING[config.prune_mode]}{reads}",
             f"Labels: {', '.join(config.labels)}.",
             "",
             "| | |",

@@ -291,6 +291,7 @@ def test_a_classifier_learns_to_read_dropped_tokens(source, finetuned, tmp_path)
     stage(source, "manual", finetuned, tmp_path / "manual", PruningOptions(read_dropped=True), target_flops=0.5)
     manual, dense = (load_model(folder).model for folder in (tmp_path / "manual", finetuned))
     assert manual.config.read_dropped and manual.head.dropped.abs().max() > 0 and not hasattr(dense.head, "dropped")
+    assert "head also reads the states of dropped tokens" in (tmp_path / "manual" / "README.md").read_text()
     stage(source, "hard", tmp_path / "manual", tmp_path / "hard", epochs=0.1)  # it goes on as it was
     assert load_config(tmp_path / "hard").read_dropped
 
