@@ -150,7 +150,7 @@ def by_rates(bench: Bench, rates: list[float]) -> Model:
     return bench.train(model, "topk", epochs=bench.epochs)
 
 
-def at_random(bench: Bench, rates: list[float]) -> tuple[Model, Dense]:
+def at_random(bench: Bench, rates: list[float]) -> tuple[Model, Pruner]:
     """As many tokens as top-k keeps, but any of them."""
     pruner = RandomDrop(rates)
     return bench.train(bench.student(), "topk", pruner, epochs=bench.epochs), pruner
@@ -167,12 +167,10 @@ def shallow(bench: Bench, names: str) -> Model:
 
 def cells(
     bench: Bench, methods: list[str], budgets: list[float], soft_epochs: list[float], layers: list[str], rates: Callable
-) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Model, Dense | None]]]]:
-    """What names each cell, and the function that trains it.
+) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Model, Pruner | None]]]]:
+    """What names each cell, and the function that trains it. Train a cell before the next one is asked for.
 
     rates: gives the rates of LTP at a budget.
-
-    Train a cell before the next one is asked for.
     """
     for target in budgets:
         if "ltp" in methods:
@@ -235,13 +233,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def prepare(source: Source, options: dict[str, Any], process: Process) -> Bench:
-    """Reads the examples, and fine-tunes the dense model where an earlier call did not."""
+def prepare(source: Source, folder: Path, options: dict[str, Any], process: Process) -> Bench:
+    """Reads the examples, and fine-tunes the dense model into the folder where an earlier call did not."""
     restore = options["restore"]
     labels, train_set, dev_sets, limit = load_sets(source, restore, options["held_out"])
     settings = Settings(learning_rate=options["learning_rate"], seed=options["seed"], epochs=options["dense_epochs"])
-    name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
-    folder = options["output"] / "models" / name / "dense"
     bench = Bench(source.task, labels, train_set, dev_sets, settings, options["epochs"], folder, process)
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(settings.seed)
@@ -260,7 +256,7 @@ def main() -> None:
 
 
 def data_options(command: Any) -> Any:
-    """What both commands read."""
+    """What `train`, `speed` and `compare` read."""
     held_out = "Evaluate on a tenth of the training data, which is not trained on."
     existing = click.Path(exists=True, path_type=Path)
     for option in (
@@ -293,11 +289,10 @@ def find_source(task: str | None, data: Path) -> Source:
 def train(**options: Any) -> None:
     """Trains the methods of one task and seed, one after the other."""
     source = find_source(options["task"], options["data"])
-    options["name"] = options["task"] or options["data"].name
     process = start_process(precision="fp32", threads=options["threads"], seed=options["seed"])
-    name = f"{options['name']}-{options['seed']}" + "-held-out" * options["held_out"]
-    path = options["output"] / f"{name}.jsonl"
-    bench = prepare(source, options, process)
+    title = f"{options['task'] or options['data'].name}-{options['seed']}" + "-held-out" * options["held_out"]
+    path = options["output"] / f"{title}.jsonl"
+    bench = prepare(source, options["output"] / "models" / title / "dense", options, process)
 
     def add(name: dict[str, Any], model: Model, pruner: Pruner | None) -> None:
         layers = len(model.layers) / load_config(options["restore"]).num_hidden_layers  # of a shallower model
@@ -306,12 +301,14 @@ def train(**options: Any) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = " ".join(f"{value:.4f}" for value in record["metrics"].values())
-        click.echo(f"{options['name']} {options['seed']} {name}: {shown} at {record['relative_flops']:.3f}")
+        click.echo(f"{title} {name}: {shown} at {record['relative_flops']:.3f}")
 
     def rates(target: float) -> list[float]:
-        """The share of the tokens that LTP keeps in each layer."""
-        found = [r for r in read_records(path) if r["method"] == "ltp" and r["target"] == target]
-        return found[-1]["kept"]
+        """The share of the tokens that LTP keeps in each layer, in the last of its records at this target."""
+        records = [r for r in read_records(path) if r["method"] == "ltp" and r["target"] == target]
+        if not records:
+            raise click.UsageError(f"topk and random keep what ltp keeps: train it at --target-flops {target} first")
+        return records[-1]["kept"]
 
     done = [record["name"] for record in read_records(path)]
     if "dense" not in done:

@@ -136,7 +136,11 @@ def summary(config: Config, header: dict[str, Any], record: dict[str, Any]) -> s
     elif header["stage"] == "soft":
         names += ("regularization",)
     names += SHOWN_SOFT_SETTINGS if header["stage"] == "soft" else ()
-    reads = " Its head also reads the states of dropped tokens." if config.read_dropped else ""
+    reads = (
+        " Its head also reads the states of dropped tokens."
+        if config.head == "sequence" and config.read_dropped
+        else ""
+    )
     training = ", ".join(f"{name} {settings[name]}" for name in names)
     gflops = f"{record['gflops']:.3g} of {record['dense_gflops']:.3g} GFLOPs per example; encoder layers only"
     rows = (
