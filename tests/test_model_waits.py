@@ -105,7 +105,7 @@ def test_what_waits_is_counted(waits, action):
 
 def deep_model(layers: int, head: str) -> Model:
     torch.manual_seed(0)
-    model = Model(replace(SMALL, num_hidden_layers=layers, head=head, token_keep_rate=0.3))
+    model = Model(replace(SMALL, num_hidden_layers=layers, head=head, token_keep_rate=0.3, read_dropped=True))
     initialize(model, 0.15)
     model.thresholds.data = threshold_ladder(0.01, layers)
     return model
