@@ -885,10 +885,10 @@ def add_exits(exits: Tensor, x: Tensor, alive: Alive, share: Tensor) -> Tensor:
 
 def segment_means(x: Tensor, segment_ids: Tensor, seqs: Sequences) -> Tensor:
     """The mean over the tokens of each of two segments: x (T, D), segment_ids (T,) -> (B, 2 D)."""
-    groups = 2 * seqs.ids + segment_ids
-    sums = x.new_zeros(2 * seqs.lengths.size(0), x.size(1)).index_add(0, groups, x)
-    counts = x.new_zeros(sums.size(0)).index_add(0, groups, torch.ones_like(x[:, 0])).clamp(min=1)
-    return (sums / counts[:, None]).view(-1, 2 * x.size(1))
+    groups, states = 2 * seqs.ids + segment_ids, x.float()  # in bf16, 256 + 1 is 256
+    sums = states.new_zeros(2 * seqs.lengths.size(0), x.size(1)).index_add(0, groups, states)
+    counts = states.new_zeros(sums.size(0)).index_add(0, groups, torch.ones_like(states[:, 0])).clamp(min=1)
+    return (sums / counts[:, None]).view(-1, 2 * x.size(1)).to(x.dtype)
 
 
 class Head(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_models import MODES, EverySecond, make_pruner, pruning_model, random_sequences
 
-from model import Batch, Decision, Dense, Hard, Model, Pruner, Sequences, Soft, pack, threshold_ladder
+from model import Batch, Decision, Dense, Hard, Model, Pruner, Sequences, Soft, pack, segment_means, threshold_ladder
 
 
 @pytest.mark.parametrize("rule", [*MODES, "second"])
@@ -198,3 +198,11 @@ def test_a_classifier_that_reads_dropped_tokens_is_the_plain_one_where_none_is_d
         hard = Hard(model.thresholds)
         assert torch.equal(again(batch, hard).logits, model(batch, hard).logits)
         assert not torch.allclose(model(batch, hard).logits, plain(batch, hard).logits, atol=0.01)
+
+
+def test_the_mean_of_a_long_segment_is_exact_in_bf16():
+    """512 numbers summed and counted in bf16 would stay at 256."""
+    means = segment_means(
+        torch.ones(600, 3).bfloat16(), (torch.arange(600) >= 512).long(), Sequences(torch.tensor([600]))
+    )
+    assert means.dtype == torch.bfloat16 and torch.equal(means, torch.ones(1, 6).bfloat16())
