@@ -186,8 +186,9 @@ class Batch(NamedTuple):
 
 def send(x: Tensor, device: Any) -> Tensor:
     """A tensor on a device. From the host to a GPU it is copied while the program goes on."""
-    pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
-    return pinned.to(device, non_blocking=True)
+    if x.is_cuda or torch.device(device).type != "cuda":
+        return x.to(device)  # on the way to the host, whoever reads it must wait
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def pack(
