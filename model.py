@@ -599,7 +599,7 @@ class SelfAttention(nn.Module):
         """Each of B tokens attends to itself alone, with probability 1 in each head: (B, D) -> (B, D) and (B,)."""
         D, weight, bias = x.size(1), self.query_key_value.weight, self.query_key_value.bias
         value = linear(x, weight[2 * D :], bias[2 * D :])
-        return self.output(value), torch.full_like(x[:, 0], self.num_heads) if score else None
+        return self.output(value), torch.full_like(x[:, 0], self.num_heads, dtype=torch.float32) if score else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
