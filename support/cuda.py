@@ -187,10 +187,10 @@ class RoundedLinear(nn.Linear):
         return super().forward(torch.cat([x, x.new_zeros(more, x.size(1))]))[:rows]
 
 
-def use_gpu(model: Model) -> Model:
-    """Lets a model on a GPU attend without grids in bf16, and round the rows of its products. Returns the model.
+def use_gpu(model: Model, precision: str) -> Model:
+    """Lets a model on a GPU attend without grids in "bf16", and round the rows of its products. Returns the model.
 
-    Grids stay where the kernels do not take the size of its heads, or do not run.
+    Grids stay where the kernels do not take the size of its heads, or do not run. "fp32" does not look for them.
     """
     if not next(model.parameters()).is_cuda:
         return model
@@ -198,7 +198,7 @@ def use_gpu(model: Model) -> Model:
         if type(part) is nn.Linear:
             part.__class__ = RoundedLinear
     head = model.config.hidden_size // model.config.num_attention_heads
-    kernels = find_kernels() if head % 8 == 0 and head <= LARGEST_HEAD else None
+    kernels = find_kernels() if precision == "bf16" and head % 8 == 0 and head <= LARGEST_HEAD else None
     for layer in model.layers if kernels else ():
         layer.attention.__class__, layer.attention.kernels = FlatAttention, kernels
     return model

@@ -75,7 +75,8 @@ def attend_on_grids(model: Model) -> None:
 
 
 def test_scores_without_a_grid_are_those_on_grids():
-    model = for_inference(pruning_model(**WIDE), GPU)
+    model = for_training(pruning_model(**WIDE), HALF)
+    assert isinstance(model.layers[0].attention, FlatAttention)
     batch, scores = pack(random_sequences(20)).to("cuda"), []
     pruner = Hard(torch.full((5,), 1e-30, device="cuda"))
     for _ in range(2):
