@@ -31,6 +31,7 @@ from model import Model, SelfAttention, Sequences
 
 PARTS, COLUMNS = 3, 8  # pieces of a number; columns for them: the kernel wants head sizes that are multiples of 8
 LARGEST_HEAD = 248  # with those columns, as wide as the kernel takes it
+MOST_SEQUENCES = 2**16 - 1  # a kernel starts blocks for each of them, and CUDA takes no more along that axis
 FEWEST_ROWS, MOST_ROWS = 8, 2**16  # of a product that is rounded up
 
 
@@ -153,9 +154,9 @@ class FlatAttention(SelfAttention):
         return self.output(context.flatten(1))
 
     def takes_grids(self, x: Tensor, seqs: Sequences) -> bool:
-        """Whether the kernels have nothing to do: not in bf16, or one token alone."""
+        """Whether the kernels have nothing to do (not in bf16, or one token alone), or cannot do it."""
         half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")
-        return not half or (seqs.single and not self.training)
+        return not half or len(seqs.sizes) > MOST_SEQUENCES or (seqs.single and not self.training)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (T, D) -> query, key, value, (T, H, d) each."""
