@@ -137,6 +137,20 @@ def test_the_first_signal_is_caught_and_the_second_acts(number):
         signal.signal(number, before)
 
 
+def test_a_signal_while_signals_begin_to_be_caught_is_caught(monkeypatch):
+    set_handler, before = signal.signal, signal.getsignal(signal.SIGINT)
+
+    def set_and_send(number, handler):
+        set_handler(number, handler)
+        if number == signal.SIGINT and handler is not before:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(signal, "signal", set_and_send)
+    with stop_signals() as caught:
+        assert caught == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_another_thread_catches_no_signals():
     results = []
 
