@@ -186,8 +186,9 @@ class Batch(NamedTuple):
 
 def send(x: Tensor, device: Any) -> Tensor:
     """A tensor on a device. From the host to a GPU it is copied while the program goes on."""
-    pinned = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
-    return pinned.to(device, non_blocking=True)
+    if x.is_cuda or torch.device(device).type != "cuda":
+        return x.to(device)  # on the way to the host, whoever reads it must wait
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def pack(
@@ -595,7 +596,7 @@ class SelfAttention(nn.Module):
         """Each of B tokens attends to itself alone, with probability 1 in each head: (B, D) -> (B, D) and (B,)."""
         D, weight, bias = x.size(1), self.query_key_value.weight, self.query_key_value.bias
         value = linear(x, weight[2 * D :], bias[2 * D :])
-        return self.output(value), torch.full_like(x[:, 0], self.num_heads) if score else None
+        return self.output(value), torch.full_like(x[:, 0], self.num_heads, dtype=torch.float32) if score else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from model import Model, SelfAttention, Sequences
 
 PARTS, COLUMNS = 3, 8  # pieces of a number; columns for them: the kernel wants head sizes that are multiples of 8
 LARGEST_HEAD = 248  # with those columns, as wide as the kernel takes it
+MOST_SEQUENCES = 2**16 - 1  # a kernel starts blocks for each of them, and CUDA takes no more along that axis
 FEWEST_ROWS, MOST_ROWS = 8, 2**16  # of a product that is rounded up
 
 
@@ -153,9 +154,9 @@ class FlatAttention(SelfAttention):
         return self.output(context.flatten(1))
 
     def takes_grids(self, x: Tensor, seqs: Sequences) -> bool:
-        """Whether the kernels have nothing to do: not in bf16, or one token alone."""
+        """Whether the kernels have nothing to do (not in bf16, or one token alone), or cannot do it."""
         half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cuda")
-        return not half or (seqs.single and not self.training)
+        return not half or len(seqs.sizes) > MOST_SEQUENCES or (seqs.single and not self.training)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (T, D) -> query, key, value, (T, H, d) each."""
@@ -187,10 +188,10 @@ class RoundedLinear(nn.Linear):
         return super().forward(torch.cat([x, x.new_zeros(more, x.size(1))]))[:rows]
 
 
-def use_gpu(model: Model) -> Model:
-    """Lets a model on a GPU attend without grids in bf16, and round the rows of its products. Returns the model.
+def use_gpu(model: Model, precision: str) -> Model:
+    """Lets a model on a GPU attend without grids in "bf16", and round the rows of its products. Returns the model.
 
-    Grids stay where the kernels do not take the size of its heads, or do not run.
+    Grids stay where the kernels do not take the size of its heads, or do not run. "fp32" does not look for them.
     """
     if not next(model.parameters()).is_cuda:
         return model
@@ -198,7 +199,7 @@ def use_gpu(model: Model) -> Model:
         if type(part) is nn.Linear:
             part.__class__ = RoundedLinear
     head = model.config.hidden_size // model.config.num_attention_heads
-    kernels = find_kernels() if head % 8 == 0 and head <= LARGEST_HEAD else None
+    kernels = find_kernels() if precision == "bf16" and head % 8 == 0 and head <= LARGEST_HEAD else None
     for layer in model.layers if kernels else ():
         layer.attention.__class__, layer.attention.kernels = FlatAttention, kernels
     return model

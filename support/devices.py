@@ -14,7 +14,7 @@ def for_inference(model: Model, process: Process) -> Model:
     """For weights that stay as they are: in bf16 all but the thresholds are rounded to it. Returns the model."""
     if not isinstance(model, Model):  # an exported one
         return model
-    model = use_gpu(model.to(process.device))
+    model = use_gpu(model.to(process.device), process.precision)
     if process.precision == "bf16":
         thresholds = model.thresholds.data
         model.to(torch.bfloat16).thresholds.data = thresholds
@@ -23,4 +23,4 @@ def for_inference(model: Model, process: Process) -> Model:
 
 def for_training(model: Model, process: Process) -> Model:
     """For training, and the evaluations on its way. Returns the model."""
-    return use_fast_dropout(use_gpu(model.to(process.device)))
+    return use_fast_dropout(use_gpu(model.to(process.device), process.precision))

@@ -161,7 +161,9 @@ def stop_signals() -> Iterator[list[int]]:
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:  # complete by now: a signal may come between two of these calls
+        signal.signal(number, note)
     try:
         yield caught
     finally:

@@ -56,7 +56,7 @@ def test_bf16_without_a_grid_is_near_the_cpus_fp32(mode):
     there_pruners = pruners | {"hard": Hard(there.thresholds)}
     with torch.inference_mode():
         expected = model(batch, pruners[mode])
-        with HALF.autocast(model):
+        with HALF.autocast(there):
             output = there(batch.to("cuda"), there_pruners[mode])
     same = (output.kept.cpu() == expected.kept).all(0)
     assert same.double().mean() > 0.2 and (mode == "hard" or same.all())
@@ -75,7 +75,8 @@ def attend_on_grids(model: Model) -> None:
 
 
 def test_scores_without_a_grid_are_those_on_grids():
-    model = for_inference(pruning_model(**WIDE), GPU)
+    model = for_training(pruning_model(**WIDE), HALF)
+    assert isinstance(model.layers[0].attention, FlatAttention)
     batch, scores = pack(random_sequences(20)).to("cuda"), []
     pruner = Hard(torch.full((5,), 1e-30, device="cuda"))
     for _ in range(2):
@@ -98,7 +99,8 @@ def test_gradients_without_a_grid_are_those_on_grids(mode, head):
         (output.logits.float().square().sum() + output.kept.double().sum() / 100).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         attend_on_grids(model)
-    assert (gradients[0] - gradients[1]).norm() < 0.03 * gradients[1].norm()
+    # In bf16 each of both is up to 0.05 away from float32's. Without the gradient of the scores they differ by 0.2.
+    assert (gradients[0] - gradients[1]).norm() < 0.08 * gradients[1].norm()
 
 
 def test_dropout_on_attention_without_a_grid():
@@ -120,7 +122,8 @@ def test_a_step_of_each_stage_is_the_cpus(name, process, tolerance, demo, source
     for process in (Process(), process):
         torch.manual_seed(0)
         model = for_training(pruning_model(**WIDE, labels=("n", "p"), vocab_size=600, max_seq_length=60), process)
-        settings = Settings(learning_rate=1e-4, epochs=1.0, batch_size=16)
+        # At the usual temperature soft masks are so steep that bf16 alone moves the third loss by 0.04.
+        settings = Settings(learning_rate=1e-4, epochs=1.0, batch_size=16, temperature=2e-3)
         trainer = Trainer(model, stage=name, task=source.task, train_set=examples, settings=settings, process=process)
         losses.append([trainer.step(indices).loss for _, indices in zip(range(3), trainer.batches())])
     assert losses[0] == pytest.approx(losses[1], abs=tolerance)

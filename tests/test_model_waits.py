@@ -137,6 +137,7 @@ def test_a_pass_that_drops_nothing_makes_no_second_layout(model):
     assert len(counter.names) <= 2, counter.names
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rule", MODES)
 def test_how_often_a_pass_waits_on_a_gpu(rule):

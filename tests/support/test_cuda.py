@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import pruning_model, random_sequences
+from small_models import SMALL, pruning_model, random_sequences
 from torch import Tensor
 
 from model import Dense, Hard, Sequences, Soft, TopK, pack
@@ -126,6 +126,12 @@ def test_gradients_are_those_with_grids(mode, head, monkeypatch):
     for name, gradient in grads[0].items():
         if not name.endswith("query_key_value.bias"):  # a key's bias has no gradient but rounding
             assert (grads[1][name] - gradient).norm() < 1e-3 * gradient.norm(), name
+
+
+def test_more_sequences_than_a_kernel_starts_blocks_for_take_grids():
+    attention, x = FlatAttention(SMALL), torch.zeros(1, 30, dtype=torch.bfloat16)
+    for count in (65_535, 65_536):
+        assert attention.takes_grids(x, Sequences(torch.full((count,), 2))) == (count > 65_535)
 
 
 def test_grids_stay_where_the_kernels_do_not_run(monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import random_sequences, small_model
 
-from model import Dense, pack
+from model import Dense, Sequences, pack
 from support.devices import for_inference
 from support.errors import InputError
 from support.process import Process, choose_device, start_process, stop_signals, usual_precision
@@ -61,6 +61,8 @@ def test_precision_acts_on_matrix_products():
         with torch.inference_mode(), process.autocast(model):
             logits = model(batch, Dense()).logits
         assert expected.dtype == logits.dtype == dtype and model.thresholds.dtype == torch.float32
+        alone = Sequences(torch.ones(2, dtype=torch.long))
+        assert model.layers[0].attention(torch.ones(2, 30, dtype=dtype), alone, score=True)[1].dtype == torch.float32
         torch.testing.assert_close(logits, expected, atol=0.02 if precision == "bf16" else 1e-5, rtol=0)
 
 
@@ -133,6 +135,20 @@ def test_the_first_signal_is_caught_and_the_second_acts(number):
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
+
+
+def test_a_signal_while_signals_begin_to_be_caught_is_caught(monkeypatch):
+    set_handler, before = signal.signal, signal.getsignal(signal.SIGINT)
+
+    def set_and_send(number, handler):
+        set_handler(number, handler)
+        if number == signal.SIGINT and handler is not before:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(signal, "signal", set_and_send)
+    with stop_signals() as caught:
+        assert caught == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_another_thread_catches_no_signals():
