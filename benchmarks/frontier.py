@@ -8,7 +8,8 @@ python benchmarks/frontier.py draw --output frontier.png frontier/*-??.jsonl
 Each seed fine-tunes a dense model first. It is where every method starts, and the teacher of all. The records of a task
 and a seed are the lines of OUTPUT/TASK-SEED.jsonl, with the answers to the evaluation examples. The same command again
 trains what the file does not hold yet. `speed` times the models of one seed, if `train --keep-models` wrote them.
-`compare` takes means over the files' seeds, intervals of differences, and the first file's speeds. `draw` draws them.
+`compare` takes means over the seeds that hold a cell, intervals of differences over those that hold both, and the
+first file's speeds. `draw` draws them.
 """
 
 from __future__ import annotations
@@ -292,6 +293,10 @@ def train(**options: Any) -> None:
     process = start_process(precision="fp32", threads=options["threads"], seed=options["seed"])
     title = f"{options['task'] or options['data'].name}-{options['seed']}" + "-held-out" * options["held_out"]
     path = options["output"] / f"{title}.jsonl"
+    done = [record["name"] for record in read_records(path)]
+    for record in read_records(path):
+        if (record["epochs"], record["lr"]) != (options["epochs"], options["learning_rate"]):
+            raise click.UsageError(f"{path}: holds runs with another --epochs or --lr; choose another --output")
     bench = prepare(source, options["output"] / "models" / title / "dense", options, process)
 
     def add(name: dict[str, Any], model: Model, pruner: Pruner | None) -> None:
@@ -310,7 +315,6 @@ def train(**options: Any) -> None:
             raise click.UsageError(f"topk and random keep what ltp keeps: train it at --target-flops {target} first")
         return records[-1]["kept"]
 
-    done = [record["name"] for record in read_records(path)]
     if "dense" not in done:
         add({"name": "dense", "method": "dense"}, bench.student(), Dense())
     choices = (options[name] for name in ("methods", "budgets", "soft_epochs", "layers"))
@@ -378,8 +382,8 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
     targets = dev_sets[""].targets
     speeds = json.loads(speed_file(files[0]).read_text()) if speed_file(files[0]).is_file() else {}
     seeds = [{record["name"]: record for record in read_records(file)} for file in files]
-    names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
-    ltp = {seeds[0][name]["target"]: name for name in names if seeds[0][name]["method"] == "ltp"}
+    cells = {name: [seed[name] for seed in seeds if name in seed] for seed in seeds for name in seed}
+    ltp = {records[0]["target"]: name for name, records in cells.items() if records[0]["method"] == "ltp"}
 
     def evaluate_answers(answers: np.ndarray, rows: Any = slice(None)) -> tuple[dict[str, float], float]:
         logits = answers[:, None] if source.task.regression else np.eye(int(train_set.targets.max()) + 1)[answers]
@@ -391,23 +395,24 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
     def difference(first: str, second: str) -> str:
         if first == second:
             return ""
-        both = ([np.array(seed[name]["answers"]) for seed in seeds] for name in (first, second))
+        shared = [seed for seed in seeds if first in seed and second in seed]
+        both = ([np.array(seed[name]["answers"]) for seed in shared] for name in (first, second))
         mean, low, high = paired_difference(score, *both, samples=500)
         return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
-    click.echo(f"{source.task.title}, {len(files)} seeds, {len(targets):,} examples\n")
-    click.echo(f"| | {', '.join(seeds[0]['dense']['metrics'])} | relative FLOPs | faster | less dense | less LTP |")
-    click.echo("|---|---|---|---|---|---|")
+    click.echo(f"{source.task.title}, {len(targets):,} examples\n")
+    shown = ", ".join(cells["dense"][0]["metrics"])
+    click.echo(f"| | seeds | {shown} | relative FLOPs | faster | less dense | less LTP |")
+    click.echo("|---|---|---|---|---|---|---|")
     metrics = evaluate_answers(floor(source, train_set, dev_sets[""], restore))[0]
-    click.echo(f"| floor | {' / '.join(f'{100 * value:.1f}' for value in metrics.values())} | | | | |")
-    for name in names:
-        cells = [seed[name] for seed in seeds]
-        metrics = " / ".join(f"{100 * np.mean([c['metrics'][m] for c in cells]):.1f}" for m in cells[0]["metrics"])
-        flops = np.mean([cell["relative_flops"] for cell in cells])
-        rival = ltp.get(cells[0].get("target", round(flops, 2)))  # of a shallower model: at the share of its layers
+    click.echo(f"| floor | | {' / '.join(f'{100 * value:.1f}' for value in metrics.values())} | | | | |")
+    for name, records in cells.items():
+        metrics = " / ".join(f"{100 * np.mean([r['metrics'][m] for r in records]):.1f}" for m in records[0]["metrics"])
+        flops = np.mean([record["relative_flops"] for record in records])
+        rival = ltp.get(records[0].get("target", round(flops, 2)))  # of a shallower model: at the share of its layers
         faster = ", ".join(f"{value:.2f}x" for value in speeds.get(name, {}).values())
         less = (difference(name, "dense"), difference(name, rival) if rival else "")
-        row = (name, metrics, f"{flops:.3f}", faster, *less)
+        row = (name, str(len(records)), metrics, f"{flops:.3f}", faster, *less)
         click.echo(f"| {' | '.join(row)} |")
 
 

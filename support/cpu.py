@@ -110,5 +110,6 @@ def keep_freed_memory() -> None:
         return
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
+    if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

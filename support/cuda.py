@@ -219,6 +219,8 @@ def find_kernels(device: str = "cuda") -> Kernels | None:
 
         _, lse = flash(query, query, query, tokens, tokens, 1.0, 0.0)
         received_attention(query, query, None, lse, *tokens)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # each library has its own: no module, no compiler, no such GPU
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"attention takes padded grids, which are slower, since its kernels do not run here ({reason})")
