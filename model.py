@@ -6,7 +6,7 @@ The method. Self-attention already tells how much a token matters: in each layer
 that a token receives over heads and queries, and drops the token when this importance is below the layer's threshold.
 Later layers then work on a shorter sequence. The thresholds are learned in two stages. In the *soft* stage nothing is
 dropped: a sigmoid mask, which has a gradient, multiplies each token's state, and a regulariser asks for small masks. In
-the *hard* stage the thresholds stay as they are, tokens below them are dropped, and the weights adapt.
+the *hard* stage the thresholds are not learned any more, tokens below them are dropped, and the weights adapt.
 
 Why it is fast. A batch is one flat run of tokens without padding. Dropping tokens is `x = x[survivors]`, and every
 later matrix product is that much smaller, at any batch size, in training and in inference. Sequences meet nowhere but
@@ -211,7 +211,7 @@ class Sequences:
     """How B sequences lie in a flat run of T tokens. A pass makes it once, and again when tokens were dropped."""
 
     # A grid of b sequences, the longest with n tokens, has b · n² attention probabilities a head. The first number
-    # limits them; a longer sequence gets a grid of its own. b times the second limits how many of them are padding.
+    # limits them; a longer sequence gets a grid of its own. b times the second limits those that belong to padding.
     # Large grids leave a CPU's cache; a GPU wants few kernels.
     CPU_LIMITS = (40_000, 500)
     GPU_LIMITS = (2**24, 2**16)
@@ -367,16 +367,16 @@ class Alive(NamedTuple):
 
     tokens: Tensor  # (T_l,) which of the batch's T tokens each one is
     protected: Tensor  # (T_l,) bool: never dropped
-    share: Tensor  # (T_l,) what is left of it: the product of its soft masks so far, 1 without soft masks
+    presence: Tensor  # (T_l,) how much of it is there: the product of its soft masks so far, 1 without soft masks
 
     def at(self, survivors: Tensor) -> Alive:
         return Alive(*(tensor.index_select(0, survivors) for tensor in self))
 
 
 class Decision(NamedTuple):
-    """What a pruner decides about the T_l tokens of a layer."""
+    """What a pruner decides about the T_l tokens of a layer. It drops some, masks all, or does neither."""
 
-    counts: Tensor  # (B,) tokens of each sequence that survive, the sums of keep; with soft masks Σ_t share · m
+    counts: Tensor  # (B,) tokens of each sequence that survive, the sums of keep; with soft masks Σ_t presence · m
     keep: Tensor | None = None  # (T_l,) bool: who survives; None: nobody is dropped
     mask: Tensor | None = None  # (T_l,) soft mask; None: no soft masks
 
@@ -439,7 +439,7 @@ class TopK(Pruner):
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
         counts = topk_counts(seqs.original_lengths, self.rates[l]).minimum(seqs.lengths)
-        if scores is None:
+        if scores is None:  # nobody is to be dropped, or it is a last layer of which only the first tokens are read
             return Decision(counts)
         counts = counts.maximum(seqs.sum(alive.protected))
         return Decision(counts, keep_topk(scores, seqs, counts, alive.protected))
@@ -448,9 +448,11 @@ class TopK(Pruner):
 class Soft(Pruner):
     """Drops nothing and gives each token a soft mask: the stage in which the thresholds are learned.
 
-    The paper masks a layer's output, though dropping comes before the feed-forward block. The last layer's output needs
-    no mask: the first token's is 1, and heads that answer for each token weigh it by its share. So a classifier's last
-    threshold gets the regulariser's gradient alone.
+    The paper masks a layer's output, though dropping comes before the feed-forward block. A token whose state is 0 says
+    nothing to others, as its key and value are the biases alone, yet it takes a part of their attention. The last
+    layer's output needs no mask: the first token's is 1, and heads that answer for each token weigh it by its presence.
+    So a classifier's last threshold gets the regulariser's gradient alone, and rises until the first token alone is
+    left to count there.
     """
 
     def __init__(self, thresholds: Tensor, temperature: float, masks_attention: bool = False):
@@ -466,14 +468,14 @@ class Soft(Pruner):
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
         mask = soft_mask(scores, self.thresholds[l], self.temperature, alive.protected)
-        return Decision(seqs.sum(alive.share * mask), mask=mask)
+        return Decision(seqs.sum(alive.presence * mask), mask=mask)
 
 
-class Uncounted(Pruner):
+class UnscoredLastLayer(Pruner):
     """Decides as a model's own pruner does, but never scores a classifier's last layer: for training and timing.
 
-    Only first tokens are read there, and they are never dropped. Scores would tell how many tokens the rule keeps, and
-    change no answer.
+    Only first tokens are read there, and they are never dropped. Scores change no answer: they tell how many tokens the
+    rule keeps.
     """
 
     def __init__(self, model: Model):
@@ -489,6 +491,30 @@ class Uncounted(Pruner):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
+
+
+class Grid(NamedTuple):
+    """b consecutive sequences laid on b rows of cells, each row as long as the longest sequence (n).
+
+    The tensors are None where all sequences have one length: then the run of tokens is the grid, without padding.
+    """
+
+    sequences: slice  # which of the B
+    num_tokens: int
+    source: Tensor | None  # (b · n,) the token that stands in each cell; in padding, any token
+    cells: Tensor | None  # (num_tokens,) the cell in which each token stands
+    real: Tensor | None  # (b, n) bool, False in padding
+    bias: Tensor | None  # (b, 1, 1, n) for the attention logits: 0, and -inf in padding
+    query_rows: int | None  # so many queries of each sequence attend at a time; None (in an exported graph): all
+
+    def lay(self, x: Tensor) -> Tensor:
+        """x (num_tokens, C) -> (b, n, C)."""
+        rows = self.sequences.stop - self.sequences.start
+        return (x if self.source is None else x.index_select(0, self.source)).unflatten(0, (rows, -1))
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """x (b, n, ...) -> (num_tokens, ...): the inverse of `lay`."""
+        return x.flatten(0, 1) if self.cells is None else x.flatten(0, 1)[self.cells]
 
 
 def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
@@ -600,31 +626,7 @@ class SelfAttention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Grids, the form that attention takes. Nothing is pruned here: skip this at a first reading
-
-
-class Grid(NamedTuple):
-    """b consecutive sequences laid on b rows of cells, each row as long as the longest sequence (n).
-
-    The tensors are None where all sequences have one length: then the run of tokens is the grid, without padding.
-    """
-
-    sequences: slice  # which of the B
-    num_tokens: int
-    source: Tensor | None  # (b · n,) the token that stands in each cell; in padding, any token
-    cells: Tensor | None  # (num_tokens,) the cell in which each token stands
-    real: Tensor | None  # (b, n) bool, False in padding
-    bias: Tensor | None  # (b, 1, 1, n) for the attention logits: 0, and -inf in padding
-    query_rows: int | None  # so many queries of each sequence attend at a time; None (in an exported graph): all
-
-    def lay(self, x: Tensor) -> Tensor:
-        """x (num_tokens, C) -> (b, n, C)."""
-        rows = self.sequences.stop - self.sequences.start
-        return (x if self.source is None else x.index_select(0, self.source)).unflatten(0, (rows, -1))
-
-    def flatten(self, x: Tensor) -> Tensor:
-        """x (b, n, ...) -> (num_tokens, ...): the inverse of `lay`."""
-        return x.flatten(0, 1) if self.cells is None else x.flatten(0, 1)[self.cells]
+# How grids are made. Nothing is pruned here: skip this at a first reading
 
 
 def make_grids(seqs: Sequences) -> list[Grid]:
@@ -725,7 +727,7 @@ class Embeddings(nn.Module):
         """
         counted = batch.token_ids != self.padding
         up_to_here = counted.cumsum(0)  # in the whole batch
-        # The place of each token's first token, and the count before that sequence.
+        # Where each token's sequence begins, and the count before it.
         first = torch.arange(counted.size(0), device=counted.device) - batch.positions
         before = (up_to_here - counted.long())[first]
         return self.padding + counted * (up_to_here - before)
@@ -787,32 +789,41 @@ class Model(nn.Module):
         # The states of dropped tokens, for heads that read them.
         exits = torch.zeros_like(x) if self.config.head != "sequence" or self.config.read_dropped else None  # (T, D)
         steps = []
-        for l, layer in enumerate(self.layers):
-            last = l == len(self.layers) - 1
-            first_only = last and self.config.head == "sequence"  # a classifier computes no more than the first tokens
-            block = layer.first_attention_block if first_only else layer.attention_block
-            presence = alive.share if pruner.masks_attention else None
-            # If first_only, from here on: x (B, D) has the first tokens; alive, scores and decision are of all tokens.
-            x, received = block(x, seqs, presence, score=pruner.needs_scores(l, seqs))
-            scores = None if received is None else self.score(received, seqs)
-            decision = pruner.decide(l, scores, alive, seqs)
-            steps.append(Step(alive.tokens, scores, decision))
-            if exits is not None and not first_only:
+        classifier, last = self.config.head == "sequence", len(self.layers) - 1
+        for l in range(last if classifier else last + 1):
+            layer = self.layers[l]
+            x, step = self.attend_and_decide(l, layer.attention_block, x, alive, seqs, pruner)
+            decision = step.decision
+            steps.append(step)
+            if exits is not None:
                 exits = add_dropped(exits, x, alive, decision)
-            if decision.keep is not None and not first_only:
+            if decision.keep is not None:
                 seqs, survivors = seqs.drop(decision.keep, decision.counts)
                 if survivors is not None:  # a dropped token is in no product from here on
                     # x[survivors], whose gradient on a GPU would take a sort
                     x, alive = x.index_select(0, survivors), alive.at(survivors)
             x = layer.feed_forward_block(x)
             if decision.mask is not None:  # soft: nobody was dropped
-                alive = alive._replace(share=alive.share * decision.mask)
-                if not last and not pruner.masks_attention:  # the last layer's output needs no mask, see `Soft`
+                alive = alive._replace(presence=alive.presence * decision.mask)
+                if l < last and not pruner.masks_attention:  # the last layer's output needs no mask, see `Soft`
                     x = x * decision.mask[:, None].to(x.dtype)
-        if self.config.head != "sequence":  # what nobody dropped is added last
-            return Output(self.head(add_exits(exits, x, alive, alive.share)), steps)
+        if not classifier:  # what nobody dropped is added last
+            return Output(self.head(add_exits(exits, x, alive, alive.presence)), steps)
+        # A classifier reads the first tokens: its last layer computes no more than those, x (T_L, D) -> (B, D).
+        layer = self.layers[last]
+        x, step = self.attend_and_decide(last, layer.first_attention_block, x, alive, seqs, pruner)
+        x = layer.feed_forward_block(x)
         means = None if exits is None else segment_means(exits, batch.segment_ids, whole)
-        return Output(self.head(x, means), steps)
+        return Output(self.head(x, means), [*steps, step])
+
+    def attend_and_decide(
+        self, l: int, block: Callable, x: Tensor, alive: Alive, seqs: Sequences, pruner: Pruner
+    ) -> tuple[Tensor, Step]:
+        """An attention block of layer l, and what the pruner decides on its scores."""
+        presence = alive.presence if pruner.masks_attention else None
+        x, received = block(x, seqs, presence, score=pruner.needs_scores(l, seqs))
+        scores = None if received is None else self.score(received, seqs)
+        return x, Step(alive.tokens, scores, pruner.decide(l, scores, alive, seqs))
 
     def all_tokens(self, batch: Batch, seqs: Sequences) -> Alive:
         """Every token of the batch, the first of each sequence protected."""
@@ -869,9 +880,9 @@ def add_dropped(exits: Tensor, x: Tensor, alive: Alive, decision: Decision) -> T
     layer, its shares sum to 1.
     """
     if decision.mask is not None:
-        dropped = alive.share * (1 - decision.mask)
+        dropped = alive.presence * (1 - decision.mask)
     elif decision.keep is not None:
-        dropped = alive.share * ~decision.keep
+        dropped = alive.presence * ~decision.keep
     else:
         return exits
     return add_exits(exits, x, alive, dropped)

@@ -10,7 +10,11 @@
 runs/stage.py loads the model, sets the thresholds of this table, and calls `train`. With a FLOPs target, `soft` finds λ
 while it trains, and the thresholds are multiplied by one factor that meets the target: before the first step (in
 runs/stage.py), at the end of `soft`, and at each evaluation of `hard` and `manual`. Nothing else changes thresholds
-that are not learned. The values of λ, τ and all rates are settings: support/settings.py.
+that are not learned.
+
+The values are settings, see support/settings.py. By default a batch has 32 examples, the rate is 2e-5 at its peak, also
+the thresholds', and `soft` takes 10 epochs with λ = 0.1 and τ = 5e-4, `hard` 5. With a target the thresholds' rate is
+1e-4, and τ falls from 1e-3 to 2e-4.
 
 Read from top to bottom: optimizer, schedule, losses, budget, the step, the loop.
 """
@@ -23,7 +27,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +36,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import IGNORED, Examples, epoch_batches, token_batches
-from model import Config, Hard, Model, Output, Pruner, SelfAttention, Soft, Uncounted, macs, send
+from model import Config, Hard, Model, Output, Pruner, SelfAttention, Soft, UnscoredLastLayer, macs, send
 from support.errors import InputError, Interrupted
 from support.process import Process
 from support.settings import Settings
@@ -186,14 +190,6 @@ def find_factor(model: Model, examples: Examples, target: float, process: Proces
 # The step
 
 
-class StepResult(NamedTuple):
-    """The figures of one step."""
-
-    loss: float  # mean over the global batch, without λ's part
-    soft_flops: float  # relative FLOPs by the soft masks; 0 in other stages
-    stop: bool  # whether any process was asked to stop
-
-
 class Trainer:
     """A model in training: its optimizer, its schedule, its step."""
 
@@ -218,10 +214,12 @@ class Trainer:
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.save_steps = settings.save_steps or self.steps_per_epoch
         self.completed = 0  # steps
+        self.recent_losses: list[float] = []  # of the steps since the last evaluation
+        self.soft_flops = 0.0  # relative FLOPs of the last step by its soft masks; 0 in other stages
         self.budget = Budget(settings.target_flops) if stage == "soft" and settings.target_flops else None
         self.regularization = 0.0 if self.budget else settings.regularization  # λ
         # The pruner of stages that learn no thresholds is made once: making it waits for the device.
-        self.frozen_pruner = Uncounted(model)
+        self.frozen_pruner = UnscoredLastLayer(model)
 
     def pruner(self) -> Pruner:
         """The pruner of the next training pass."""
@@ -251,10 +249,11 @@ class Trainer:
             yield from batches
             step += len(batches)
 
-    def step(self, indices: np.ndarray, stop: Callable[[], bool] = lambda: False) -> StepResult:
+    def step(self, indices: np.ndarray, stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
         """One optimizer step on a global batch. stop: tells whether this process was asked to stop.
 
-        Beside the model's own passes it waits for the device once.
+        Returns the batch's mean loss, without λ's part, and whether any process was asked to stop. Beside the model's
+        own passes it waits for the device once.
         Raises: FloatingPointError for a loss or gradient that is not finite.
         """
         self.set_rates()
@@ -264,7 +263,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(weights_of(self.model), self.settings.max_grad_norm)
         if self.stage == "soft":
             norm = norm + self.model.thresholds.grad.norm()  # checked, but not clipped
-        loss, flops, stops, norm = torch.cat([sums, norm.double()[None]]).tolist()  # waits for the device
+        loss, self.soft_flops, stops, norm = torch.cat([sums, norm.double()[None]]).tolist()  # waits for the device
         if not math.isfinite(loss + norm):
             raise FloatingPointError(
                 f"step {self.completed + 1}: the loss is not finite any more; lower the learning rate"
@@ -274,9 +273,10 @@ class Trainer:
         if self.stage == "soft":
             self.model.thresholds.data.clamp_(min=0.0)  # below 0 the sigmoid is flat, and there is no way back
         if self.budget:
-            self.regularization = self.budget.update(flops)
+            self.regularization = self.budget.update(self.soft_flops)
         self.completed += 1
-        return StepResult(loss, flops, stops > 0)
+        self.recent_losses.append(loss)
+        return loss, stops > 0
 
     def backward(self, indices: np.ndarray) -> Tensor:
         """Leaves the gradient of a global batch in the parameters.
@@ -341,6 +341,8 @@ class Trainer:
         """All that a resumed run needs of the trainer. Every process must call it."""
         return {
             "step": self.completed,
+            "losses": self.recent_losses,
+            "soft_flops": self.soft_flops,
             "regularization": self.regularization,
             "integral": self.budget and self.budget.integral,
             "model": self.model.state_dict(),
@@ -353,9 +355,10 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.completed, self.regularization = state["step"], state["regularization"]
+        self.recent_losses, self.soft_flops = state["losses"], state["soft_flops"]
         if self.budget:
             self.budget.integral = state["integral"]
-        self.frozen_pruner = Uncounted(self.model)
+        self.frozen_pruner = UnscoredLastLayer(self.model)
         if len(state["random"]) == self.process.world:
             self.process.set_random_state(state["random"][self.process.rank])
         else:
@@ -409,31 +412,27 @@ def train(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, state: dict
     state: what `run.save_state` was given, to go on from there. Evaluation prunes as inference will.
     Raises: InputError when loss or gradient are not finite any more; Interrupted after a signal, with the state saved.
     """
-    best, losses, times = None, [], []
+    best, due, times = None, False, []
     if state:
         trainer.load_state(state)
-        best, losses, due, soft_flops = (state[name] for name in ("best", "losses", "due", "soft_flops"))
+        best, due = state["best"], state["due"]
         state = None  # frees its copy of the model
-    else:
-        due, soft_flops = False, 0.0
     try:
         if due:  # the run was stopped on the way to this evaluation, or before its end
-            best, losses = assess(trainer, dev_sets, run, best, losses, soft_flops), []
+            best = assess(trainer, dev_sets, run, best)
         for indices in trainer.batches():
             start = time.perf_counter()
-            result = trainer.step(indices, stop=lambda: run.stop_signal is not None)
+            loss, stop = trainer.step(indices, stop=lambda: run.stop_signal is not None)
             times.append(time.perf_counter() - start)
-            losses.append(result.loss)
-            run.note(trainer, result.loss, best)
+            run.note(trainer, loss, best)
             due = trainer.completed == trainer.steps or trainer.completed % trainer.save_steps == 0
-            if due or result.stop:
+            if due or stop:
                 # Saved before the evaluation: whatever ends the run during it, a resumed one begins with it.
-                progress = {"best": best, "losses": losses, "due": due, "soft_flops": result.soft_flops}
-                run.save_state(trainer.state() | progress)
-            if result.stop:
+                run.save_state(trainer.state() | {"best": best, "due": due})
+            if stop:
                 raise interrupted(trainer, run)
             if due:
-                best, losses = assess(trainer, dev_sets, run, best, losses, result.soft_flops), []
+                best = assess(trainer, dev_sets, run, best)
     except FloatingPointError as error:
         raise InputError(f"{error}. {run.last_checkpoint()}") from None
     median, mean = (float(f(times)) if times else math.nan for f in (np.median, np.mean))
@@ -446,37 +445,24 @@ def interrupted(trainer: Trainer, run: Run) -> Interrupted:
     return Interrupted(message, run.stop_signal or signal.SIGTERM)  # without one, it was another process's signal
 
 
-def assess(
-    trainer: Trainer,
-    dev_sets: dict[str, Examples],
-    run: Run,
-    best: dict[str, Any] | None,
-    losses: list[float],
-    soft_flops: float,
-) -> dict[str, Any]:
+def assess(trainer: Trainer, dev_sets: dict[str, Examples], run: Run, best: dict[str, Any] | None) -> dict[str, Any]:
     """Evaluates, has the run keep the checkpoint if it is the best, and returns the record of the best."""
 
     def check() -> None:
         if run.stop_signal is not None:
             raise interrupted(trainer, run)
 
-    record = evaluation_record(trainer, dev_sets, losses, soft_flops, check)
+    record = evaluation_record(trainer, dev_sets, check)
+    trainer.recent_losses = []
     saved = best is None or is_better(record, best, trainer.settings)
     run.record(trainer, record, saved)
     return record if saved else best
 
 
-def evaluation_record(
-    trainer: Trainer,
-    dev_sets: dict[str, Examples],
-    losses: list[float],
-    soft_flops: float,
-    check: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
+def evaluation_record(trainer: Trainer, dev_sets: dict[str, Examples], check: Callable[[], object]) -> dict[str, Any]:
     """Meets the target, evaluates, and describes both.
 
-    losses: of the steps since the last evaluation. soft_flops: of the last step. check: see
-    `predict_logits`. Raises: FloatingPointError for a loss that is not finite.
+    check: see `predict_logits`. Raises: FloatingPointError for a loss that is not finite.
     """
     scale = trainer.meet_target()
     evaluation, _ = evaluate(
@@ -487,10 +473,10 @@ def evaluation_record(
     record: dict[str, Any] = {
         "step": trainer.completed,
         "epoch": trainer.completed / trainer.steps_per_epoch,
-        "train_loss": sum(losses) / len(losses),
+        "train_loss": sum(trainer.recent_losses) / len(trainer.recent_losses),
     }
     if trainer.stage == "soft":
-        record |= {"soft_relative_flops": soft_flops, "lambda": trainer.regularization}
+        record |= {"soft_relative_flops": trainer.soft_flops, "lambda": trainer.regularization}
     if scale:
         record |= {"threshold_scale": scale}
     by_threshold = PRUNE_MODES[trainer.stage] == "absolute_threshold"
@@ -502,7 +488,8 @@ def is_better(record: dict[str, Any], best: dict[str, Any], settings: Settings) 
     if not settings.load_best:
         return True
     if settings.target_flops:
-        over = [r["relative_flops"] > settings.target_flops + BUDGET_MARGIN for r in (best, record)]
-        if over[0] != over[1]:
-            return over[0]
+        limit = settings.target_flops + BUDGET_MARGIN
+        best_fits, fits = best["relative_flops"] <= limit, record["relative_flops"] <= limit
+        if fits != best_fits:
+            return fits
     return record["score"] > best["score"]

@@ -17,7 +17,7 @@ from compare import SIZES, peak_memory, set_thresholds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Config, Model, Sequences, Uncounted, initialize, pack  # noqa: E402
+from model import Config, Model, Sequences, UnscoredLastLayer, initialize, pack  # noqa: E402
 from support.cpu import keep_freed_memory  # noqa: E402
 
 LIMITS = {True: (2**62, 2**62), False: Sequences.CPU_LIMITS}  # of a grid: whole matrix or not
@@ -40,7 +40,7 @@ def main(size: str, length: int, batch_size: int, reduction: float, repeats: int
     generator = np.random.default_rng(0)
     batch = pack([generator.integers(3, 1000, length).tolist() for _ in range(batch_size)])
     reached, _ = set_thresholds(model, [batch], reduction)
-    pruner = Uncounted(model)
+    pruner = UnscoredLastLayer(model)
     times, logits, memory = {True: [], False: []}, {}, {}
     for repeat in range(repeats + 1):
         for whole, limits in LIMITS.items():

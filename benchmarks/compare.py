@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Batch, Config, Dense, Hard, Model, Uncounted, initialize, last_layer_saving, macs, pack  # noqa: E402
+from model import Batch, Config, Dense, Hard, Model, UnscoredLastLayer, initialize, last_layer_saving, macs, pack  # noqa: E402
 from support.checkpoint import save_model  # noqa: E402
 from support.cpu import keep_freed_memory, pack_weights  # noqa: E402
 from support.files import write_json  # noqa: E402
@@ -124,7 +124,7 @@ def our_runs(
         pruned.load_state_dict(model.state_dict())
         name = f"ours, {reduction:g}x fewer FLOPs"
         reached[name], models[name] = set_thresholds(pruned, batches, reduction), pruned
-        pruner = Uncounted(pruned)
+        pruner = UnscoredLastLayer(pruned)
         runs[name] = lambda batch, pruned=pack_weights(pruned), pruner=pruner: pruned(batch, pruner).logits
     pack_weights(model)
     return runs, reached, models

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Examples, sorted_batches  # noqa: E402
-from model import Alive, Decision, Dense, Model, Pruner, Sequences, TopK, Uncounted, pack, threshold_ladder  # noqa: E402
+from model import Alive, Decision, Dense, Model, Pruner, Sequences, TopK, UnscoredLastLayer, pack, threshold_ladder  # noqa: E402
 from runs.bootstrap import paired_difference  # noqa: E402
 from runs.budget import starting_thresholds  # noqa: E402
 from runs.checks import length_limit  # noqa: E402
@@ -362,7 +362,7 @@ def speed(task: str | None, data: Path, restore: Path, held_out: bool, file: Pat
     contenders = []
     for folder in sorted((file.parent / "models" / file.stem).iterdir(), key=lambda path: path.name != "dense"):
         model = for_inference(load_model(folder).model, process)
-        contenders.append(Contender(folder.name, model, Uncounted(model), model.pruner()))
+        contenders.append(Contender(folder.name, model, UnscoredLastLayer(model), model.pruner()))
     speeds: dict[str, dict[int, float]] = {contender.name: {} for contender in contenders}
     for batch_size in (32, 1):
         batches = sorted_batches(dev_set, batch_size)

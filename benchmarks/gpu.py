@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from compare import SIZES, mrpc_like_lengths, padded, set_thresholds  # noqa: E402
 
 from data import Examples  # noqa: E402
-from model import Batch, Config, Dense, Model, Pruner, SelfAttention, Uncounted, initialize, pack  # noqa: E402
+from model import Batch, Config, Dense, Model, Pruner, SelfAttention, UnscoredLastLayer, initialize, pack  # noqa: E402
 from support.checkpoint import save_model  # noqa: E402
 from support.devices import for_inference, for_training  # noqa: E402
 from support.files import write_json  # noqa: E402
@@ -140,7 +140,7 @@ def measure_inference(
         by_formula = set_thresholds(pruned, there, reduction).by_formula
         for ending, variant in variants(pruned).items():
             name = f"ours {reduction:g}x{ending}"
-            runs[name], reached[name] = ours(variant, Uncounted(variant)), by_formula
+            runs[name], reached[name] = ours(variant, UnscoredLastLayer(variant)), by_formula
     runs |= their_runs(folder, batches)
     seconds, peaks = in_turn(runs, repeats)
     mean_length, rows = float(torch.cat([batch.lengths for batch in batches]).float().mean()), []

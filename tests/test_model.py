@@ -22,7 +22,7 @@ from model import (
     Sequences,
     Soft,
     TopK,
-    Uncounted,
+    UnscoredLastLayer,
     initialize,
     macs,
     pack,
@@ -264,7 +264,7 @@ def test_the_last_layers_saving_is_exact(model, rule):
 def test_logits_are_the_same_without_the_last_count(prune_mode):
     model, batch = pruning_model(prune_mode=prune_mode), pack(random_sequences(11))
     with torch.inference_mode():
-        counted, plain = model(batch), model(batch, Uncounted(model))
+        counted, plain = model(batch), model(batch, UnscoredLastLayer(model))
     torch.testing.assert_close(plain.logits, counted.logits, atol=1e-6, rtol=0)
     assert plain.steps[-1].scores is None and counted.steps[-1].scores is not None
     assert torch.equal(plain.kept[:-1], counted.kept[:-1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data import Examples, sorted_batches
-from model import Batch, Config, Dense, Model, Pruner, Uncounted, bit_operations, last_layer_saving, macs
+from model import Batch, Config, Dense, Model, Pruner, UnscoredLastLayer, bit_operations, last_layer_saving, macs
 from runs.checks import check_task, length_limit
 from support.checkpoint import load_config, load_model
 from support.devices import for_inference
@@ -92,7 +92,7 @@ def checkpoint_contenders(model: Model, file_bytes: int = 0) -> list[Contender]:
     dense = Dense()
     return [
         Contender("dense", model, dense, dense, file_bytes),
-        Contender("pruned", model, Uncounted(model), model.pruner(), file_bytes),
+        Contender("pruned", model, UnscoredLastLayer(model), model.pruner(), file_bytes),
     ]
 
 

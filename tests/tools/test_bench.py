@@ -10,7 +10,7 @@ import torch
 from small_models import pruning_model, random_sequences, small_model
 
 from data import Examples, sorted_batches
-from model import Hard, Uncounted, pack
+from model import Hard, UnscoredLastLayer, pack
 from support.checkpoint import load_model, save_model
 from support.errors import InputError
 from support.onnx_file import open_file
@@ -67,7 +67,7 @@ def test_the_last_layers_count_is_not_timed():
     note = lambda _, inputs, output: asked.append((inputs[1], output.steps[-1].scores is not None))  # noqa: E731
     model.register_forward_hook(note)
     measure_speed(model, sorted_batches(examples(random_sequences(6, longest=40)), 3), Process(), repeats=2)
-    pruned = [(pruner, scored) for pruner, scored in asked if isinstance(pruner, (Hard, Uncounted))]
+    pruned = [(pruner, scored) for pruner, scored in asked if isinstance(pruner, (Hard, UnscoredLastLayer))]
     assert [scored for _, scored in pruned] == [True, True] + [False] * 4
     assert len({id(pruner) for pruner, _ in pruned[2:]}) == 1 and len(asked) == 2 * len(pruned)
 
