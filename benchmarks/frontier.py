@@ -53,11 +53,11 @@ BUDGETS = (0.5, 0.25)
 SHALLOW = ("1+2+3", "1+2+6", "1+3+5", "1+2", "1+6")  # layers that a shallower model may consist of
 TITLES = {  # of the methods in the figure
     "ltp": "LTP",
-    "ltp-read": "LTP, the head reads what left",
+    "ltp-read": "LTP, --read-dropped",
     "fixed": "LTP's start, not learned",
     "manual": "manual, l / L",
-    "topk": "top-k at LTP's rates",
-    "random": "random at LTP's rates",
+    "topk": "top-k with LTP's shares",
+    "random": "random with LTP's shares",
     "shallow": "fewer layers",
     "shallow-ltp": "fewer layers, with LTP",
 }
@@ -144,17 +144,15 @@ def set_thresholds(bench: Bench, model: Model, thresholds: Tensor, target: float
     scale_thresholds(model, bench.train_set, target, process=bench.process)
 
 
-def by_rates(bench: Bench, rates: list[float]) -> Model:
+def by_rates(bench: Bench, rates: list[float], pruner: Pruner | None = None) -> Model:
     """Top-k with a rate a layer."""
-    model = bench.student()
-    model.config = replace(model.config, keep_rates=rates)
-    return bench.train(model, "topk", epochs=bench.epochs)
+    return bench.train(bench.student(keep_rates=rates), "topk", pruner, epochs=bench.epochs)
 
 
 def at_random(bench: Bench, rates: list[float]) -> tuple[Model, Pruner]:
     """As many tokens as top-k keeps, but any of them."""
     pruner = RandomDrop(rates)
-    return bench.train(bench.student(), "topk", pruner, epochs=bench.epochs), pruner
+    return by_rates(bench, rates, pruner), pruner
 
 
 def shallow(bench: Bench, names: str) -> Model:
@@ -434,12 +432,13 @@ def draw(output: Path, files: tuple[Path, ...]) -> None:
             points: dict[str, list[tuple[float, float]]] = {}  # of each cell, all seeds
             for record in records:
                 if record["method"] == method:
-                    point = record["relative_flops"], max(bottom, record["metrics"][metric])
+                    point = record["relative_flops"], record["metrics"][metric]
                     points.setdefault(record["name"], []).append(point)
             if points:
                 style, means = line_style(i), sorted(tuple(np.mean(seeds, 0)) for seeds in points.values())
                 panel.plot(*zip(*means), label=title, **style)
                 panel.plot(*zip(*itertools.chain(*points.values())), linestyle="", markersize=2.5, alpha=0.6, **style)
+        panel.set_ylim(bottom=max(bottom, panel.get_ylim()[0]))  # the lines of what is far below lead out
         panel.set(title=task, xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
     draw_legend(figure, panels)
     save_figure(figure, output, "png")
