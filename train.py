@@ -12,9 +12,9 @@ while it trains, and the thresholds are multiplied by one factor that meets the 
 runs/stage.py), at the end of `soft`, and at each evaluation of `hard` and `manual`. Nothing else changes thresholds
 that are not learned.
 
-The values are settings, see support/settings.py. By default a batch has 32 examples, the rate is 2e-5 at its peak, also
-the thresholds', and `soft` takes 10 epochs with λ = 0.1 and τ = 5e-4, `hard` 5. With a target the thresholds' rate is
-1e-4, and τ falls from 1e-3 to 2e-4.
+The defaults (support/settings.py): 32 examples a batch; a peak learning rate of 2e-5, for weights and thresholds; 10
+epochs of `soft` with λ = 0.1 and τ = 5e-4; 5 epochs of `hard`. With a target the thresholds learn at 1e-4, and τ falls
+from 1e-3 to 2e-4.
 
 Read from top to bottom: optimizer, schedule, losses, budget, the step, the loop.
 """

@@ -1,6 +1,7 @@
 """Training: optimizer, schedule, losses, the step, evaluation, budgets."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from small_models import MODES, small_model
 from training import CLASSES, HEADS, examples, head_model, mode_model, task_of
 
+import train
 from model import Soft, keep_by_threshold, macs, threshold_ladder
 from support.process import Process
-from support.settings import Settings
+from support.settings import STAGES, Settings, soft_target
 from tasks import find_task
 from tasks.base import task_loss
 from tasks.evaluation import evaluate
@@ -33,6 +35,17 @@ def gradients(trainer: Trainer, indices: np.ndarray) -> tuple[float, dict[str, t
     result = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
     return loss, result
+
+
+def test_the_header_names_the_defaults():
+    said = train.__doc__.split("The defaults (support/settings.py):")[1].split("Read from top")[0]
+    usual, target = Settings(), soft_target(128)
+    assert usual.threshold_learning_rate == usual.learning_rate
+    assert [float(number) for number in re.findall(r"[0-9.]*[0-9](?:e-[0-9]+)?", said)] == [
+        *(usual.batch_size, usual.learning_rate),
+        *(STAGES["soft"]["epochs"], usual.regularization, usual.temperature, STAGES["hard"]["epochs"]),
+        *(target["threshold_learning_rate"], target["temperature"], target["temperature_end"]),
+    ]
 
 
 # ---- optimizer and schedule ----
