@@ -2,8 +2,9 @@
 
 Paper: Kim et al., "Learned Token Pruning for Transformers", KDD 2022, https://arxiv.org/abs/2107.00910
 
-The method. Self-attention already tells how much a token matters: in each layer LTP averages the attention probability
-that a token receives over heads and queries, and drops the token when this importance is below the layer's threshold.
+The method. Self-attention already tells how much a token matters: in each layer LTP sums the attention probabilities
+that a token receives from all queries, takes the mean over heads, divides by a length (see `importance`), and drops the
+token when this importance is below the layer's threshold.
 Later layers then work on a shorter sequence. The thresholds are learned in two stages. In the *soft* stage nothing is
 dropped: a sigmoid mask, which has a gradient, multiplies each token's state, and a regulariser asks for small masks. In
 the *hard* stage the thresholds are not learned any more, tokens below them are dropped, and the weights adapt.
@@ -384,7 +385,7 @@ class Decision(NamedTuple):
 class Pruner:
     """What decides who survives a layer. A rule overrides these two methods, in which layers count from 0.
 
-    It must keep the protected tokens. One that drops every second token:
+    It must keep the protected tokens. One that in each layer drops every second token of those still there:
 
     >>> class EverySecond(Pruner):
     ...     def decide(self, l, scores, alive, seqs):
@@ -421,7 +422,7 @@ class Hard(Pruner):
         return self.can_drop[l] and not seqs.single
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
-        if scores is None:
+        if scores is None:  # nobody can be below the threshold, or the layer is not scored
             return Decision(seqs.lengths)
         keep = keep_by_threshold(scores, self.thresholds[l], alive.protected)
         return Decision(seqs.sum(keep), keep)
