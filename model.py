@@ -683,7 +683,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x (T, D) -> (T, D), and if `score` the attention that each token receives (T,)."""
         attended, received = self.attention(x, seqs, presence, score)
-        return self.attention_norm(x + self.dropout(attended)), received
+        return self.add_norm(x, attended, self.attention_norm), received
 
     def first_attention_block(
         self, x: Tensor, seqs: Sequences, presence: Tensor | None = None, score: bool = False
@@ -693,11 +693,15 @@ class Layer(nn.Module):
             x, received = self.attention_block(x, seqs, presence, score)
             return x.index_select(0, seqs.starts), received
         attended = self.attention.attend_first(x, seqs)
-        return self.attention_norm(x.index_select(0, seqs.starts) + self.dropout(attended)), None
+        return self.add_norm(x.index_select(0, seqs.starts), attended, self.attention_norm), None
 
     def feed_forward_block(self, x: Tensor) -> Tensor:
         """x (T, D) -> (T, D)."""
-        return self.output_norm(x + self.dropout(self.output(self.activation(self.intermediate(x)))))
+        return self.add_norm(x, self.output(self.activation(self.intermediate(x))), self.output_norm)
+
+    def add_norm(self, x: Tensor, update: Tensor, norm: nn.Module) -> Tensor:
+        """What a block returns: x, update (T, D) -> (T, D)."""
+        return norm(x + self.dropout(update))
 
 
 class Embeddings(nn.Module):

@@ -89,7 +89,7 @@ class Bench:
 
     def student(self, **changes: Any) -> Model:
         """The dense model, to be pruned. changes: of its configuration."""
-        return load_model(self.dense, self.labels or ("score",), **changes).model
+        return load_model(self.dense, self.labels or ("score",), **changes).model.to(self.process.device)
 
     def train(self, model: Model, stage: str, pruner: Pruner | None = None, **changes: Any) -> Model:
         """Trains a stage to its last step. pruner: in place of the stage's own. changes: of the settings."""
@@ -140,7 +140,7 @@ def manual(bench: Bench, target: float) -> Model:
 
 def set_thresholds(bench: Bench, model: Model, thresholds: Tensor, target: float) -> None:
     """Gives the model thresholds, scaled to the target."""
-    model.thresholds.data = thresholds
+    model.thresholds.data.copy_(thresholds)
     scale_thresholds(model, bench.train_set, target, process=bench.process)
 
 
@@ -161,7 +161,7 @@ def shallow(bench: Bench, names: str) -> Model:
     layers = [whole.layers[int(name) - 1] for name in names.split("+")]
     model = Model(replace(whole.config, num_hidden_layers=len(layers)))
     model.embeddings, model.head, model.layers = whole.embeddings, whole.head, torch.nn.ModuleList(layers)
-    return model
+    return model.to(bench.process.device)
 
 
 def cells(

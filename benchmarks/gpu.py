@@ -3,12 +3,15 @@
     python benchmarks/gpu.py --json benchmarks/gpu.json
 
 A base-size encoder (12 x 768) on batches of 32, 128 and 512 sequences of MRPC's lengths and of 384 tokens; training
-steps of each stage; the latency of a single text. Medians of turns with a fresh batch each, after four to warm up.
+steps of each stage; the latency of a single text. Thresholds: those that LTP starts from, under which two or three
+layers prune, and a ladder under which every layer does. Medians of turns with a fresh batch each, after four to warm
+up.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import tempfile
 import time
@@ -20,7 +23,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-import torch.nn as nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -28,17 +30,19 @@ from compare import SIZES, mrpc_like_lengths, padded, set_thresholds  # noqa: E4
 
 from data import Examples  # noqa: E402
 from model import Batch, Config, Dense, Model, Pruner, SelfAttention, UnscoredLastLayer, initialize, pack  # noqa: E402
+from runs.budget import starting_thresholds  # noqa: E402
 from support.checkpoint import save_model  # noqa: E402
 from support.devices import for_inference, for_training  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.process import Process, start_process  # noqa: E402
 from support.settings import Settings  # noqa: E402
 from tasks import own_task  # noqa: E402
-from train import Trainer  # noqa: E402
+from train import Trainer, relative_flops, scale_thresholds  # noqa: E402
 
 WARM_UP = 4
 REDUCTIONS = (2.0, 4.0)
-STAGES = ("finetune", "soft", "hard", "topk")
+EVERY = ", every layer prunes"  # ends the names of runs with such thresholds
+STEPS = ("finetune", "soft", "hard", "hard" + EVERY, "topk")
 Lengths = Callable[[int, int], list[int]]  # (number of sequences, seed) -> the length of each
 
 
@@ -56,6 +60,27 @@ def all_384(count: int, seed: int) -> list[int]:
 def sequences_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
     generator = np.random.default_rng(seed)
     return [generator.integers(5, 30_000, n).tolist() for n in lengths]
+
+
+def examples_of(sequences: list[list[int]]) -> Examples:
+    sizes = np.array([len(sequence) for sequence in sequences])
+    flat = np.concatenate([np.array(sequence, np.int32) for sequence in sequences])
+    return Examples(flat, np.zeros(len(flat), np.int8), sizes, targets=np.arange(len(sizes)) % 2)
+
+
+def prune(
+    model: Model, examples: Examples, batches: list[Batch], reduction: float, every: bool, process: Process
+) -> Model:
+    """A copy on the GPU with thresholds for the reduction. every: of a ladder under which every layer prunes."""
+    pruned = Model(replace(model.config, prune_mode="absolute_threshold", token_keep_rate=0.0)).to(process.device)
+    pruned.load_state_dict(model.state_dict())
+    with process.autocast(pruned):
+        if every:
+            set_thresholds(pruned.eval(), batches, reduction)
+        else:
+            pruned.thresholds.data.copy_(starting_thresholds(len(model.layers), 1 / reduction))
+            scale_thresholds(pruned, examples, 1 / reduction, process)
+    return pruned
 
 
 def in_turn(runs: dict[str, Callable[[int], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -105,15 +130,12 @@ def their_runs(folder: Path, batches: list[Batch]) -> dict[str, Callable[[int], 
     return runs
 
 
-def variants(pruned: Model) -> dict[str, Model]:
-    """What the GPU's own code (support/cuda.py) is worth: the model with all of it, and with a part of it."""
-    grids, rows = copy.deepcopy(pruned), copy.deepcopy(pruned)
+def on_grids(pruned: Model) -> Model:
+    """What attention without grids is worth: the same model with them."""
+    grids = copy.deepcopy(pruned)
     for layer in grids.layers:
         layer.attention.__class__ = SelfAttention
-    for part in rows.layers.modules():
-        if isinstance(part, nn.Linear):
-            part.__class__ = nn.Linear
-    return {"": pruned, ", on grids": grids, ", rows as they come": rows}
+    return grids
 
 
 @torch.inference_mode()
@@ -121,7 +143,8 @@ def measure_inference(
     model: Model, folder: Path, lengths_of: Lengths, batch_size: int, process: Process, repeats: int
 ) -> list[dict[str, Any]]:
     """Rows of one setting: examples a second, FLOPs reduction, FLOPs into time, memory."""
-    batches = [pack(sequences_of(lengths_of(batch_size, turn), turn)) for turn in range(WARM_UP + repeats)]
+    sequences = [sequences_of(lengths_of(batch_size, turn), turn) for turn in range(WARM_UP + repeats)]
+    examples, batches = examples_of(sum(sequences, [])), [pack(rows) for rows in sequences]
     there = [batch.to(process.device) for batch in batches]
 
     def ours(model: Model, pruner: Pruner) -> Callable[[int], object]:
@@ -133,14 +156,15 @@ def measure_inference(
 
     dense = for_inference(model, process)
     runs, reached = {"ours dense": ours(dense, Dense())}, {"ours dense": 1.0}
-    for reduction in REDUCTIONS:
-        pruned = Model(replace(model.config, prune_mode="absolute_threshold")).to(process.device)
-        pruned.load_state_dict(model.state_dict())
-        pruned = for_inference(pruned.eval(), process)
-        by_formula = set_thresholds(pruned, there, reduction).by_formula
-        for ending, variant in variants(pruned).items():
-            name = f"ours {reduction:g}x{ending}"
-            runs[name], reached[name] = ours(variant, UnscoredLastLayer(variant)), by_formula
+    lengths = torch.cat([batch.lengths for batch in there])
+    for reduction, every in itertools.product(REDUCTIONS, (False, True)):
+        pruned = for_inference(prune(model, examples, there, reduction, every, process).eval(), process)
+        kept = torch.cat([pruned(batch).kept for batch in there], 1)
+        name = f"ours {reduction:g}x{EVERY if every else ''}"
+        contenders = {name: pruned} if every else {name: pruned, name + ", on grids": on_grids(pruned)}
+        for name, contender in contenders.items():
+            runs[name] = ours(contender, UnscoredLastLayer(contender))
+            reached[name] = 1 / relative_flops(model.config, lengths, kept)
     runs |= their_runs(folder, batches)
     seconds, peaks = in_turn(runs, repeats)
     mean_length, rows = float(torch.cat([batch.lengths for batch in batches]).float().mean()), []
@@ -160,29 +184,21 @@ def measure_steps(
     model: Model, lengths_of: Lengths, batch_size: int, process: Process, repeats: int
 ) -> list[dict[str, Any]]:
     """Seconds of a training step of each stage, at the thresholds of half the FLOPs."""
-    sizes = [n for turn in range(WARM_UP + repeats) for n in lengths_of(batch_size, turn)]
-    sequences = sequences_of(sizes)
-    flat = np.concatenate([np.array(s, dtype=np.int32) for s in sequences])
-    labels = np.arange(len(sizes)) % 2
-    examples = Examples(flat, np.zeros(len(flat), np.int8), np.array(sizes), targets=labels)
-    task, first = own_task(None, None, None, regression=False), pack(sequences[:batch_size]).to(process.device)
+    sequences = sequences_of([n for turn in range(WARM_UP + repeats) for n in lengths_of(batch_size, turn)])
+    examples, first = examples_of(sequences), pack(sequences[:batch_size]).to(process.device)
+    task = own_task(None, None, None, regression=False)
     runs: dict[str, Callable[[int], object]] = {}
-    for stage in STAGES:
-        trained = Model(replace(model.config, token_keep_rate=0.0)).to(process.device)
-        trained.load_state_dict(model.state_dict())
-        if stage in ("soft", "hard"):
-            trained.config = replace(trained.config, prune_mode="absolute_threshold")
-            with process.autocast(trained):
-                set_thresholds(trained.eval(), [first], 2.0)
+    for name in STEPS:
+        trained = prune(model, examples, [first], 2.0, name.endswith(EVERY), process)
         settings = Settings(learning_rate=1e-5, epochs=1.0, batch_size=batch_size)
-        trained = for_training(trained.requires_grad_(True), process)
+        trained, stage = for_training(trained.requires_grad_(True), process), name.removesuffix(EVERY)
         trainer = Trainer(trained, stage=stage, task=task, train_set=examples, settings=settings, process=process)
-        runs[stage] = lambda turn, trainer=trainer: trainer.step(np.arange(turn * batch_size, (turn + 1) * batch_size))
+        runs[name] = lambda turn, trainer=trainer: trainer.step(np.arange(turn * batch_size, (turn + 1) * batch_size))
     seconds, peaks = in_turn(runs, repeats)
     rows = []
-    for stage, value in seconds.items():
-        row = {"name": f"step of {stage}", "batch_size": batch_size, "mean_length": float(np.mean(sizes))}
-        row |= {"ms_per_batch": 1e3 * value, "peak_mb": peaks[stage]}
+    for name, value in seconds.items():
+        row = {"name": f"step of {name}", "batch_size": batch_size, "mean_length": float(examples.lengths.mean())}
+        row |= {"ms_per_batch": 1e3 * value, "peak_mb": peaks[name]}
         rows.append(row | ({"of_a_dense_step": value / seconds["finetune"]} if "finetune" in seconds else {}))
     return rows
 
@@ -209,7 +225,7 @@ def main(size: str, batch_sizes: str, repeats: int, json_file: Path | None) -> N
     device = torch.cuda.get_device_name()
     for row in rows:
         figures = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("name",))
-        click.echo(f"{row['name']:28}{figures}")
+        click.echo(f"{row['name']:34}{figures}")
     click.echo(f"\n{device}, bf16, torch {torch.__version__}")
     if json_file:
         write_json(json_file, {"device": device, "torch": torch.__version__, "size": size, "rows": rows})

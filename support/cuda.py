@@ -1,7 +1,8 @@
-"""Attention on a GPU in bf16 without a grid: sequences of any lengths lie one behind the other, unpadded.
+"""Models on a GPU: attention in bf16 without a grid, fewer shapes, and fewer kernels.
 
-The kernel of attention writes no probability down, and returns the log-sum-exp lse(j) of each query's logits. With it,
-a second kernel (received.py) sums the attention that a token receives in a head:
+Sequences of any lengths lie one behind the other, unpadded. The kernel of attention writes no probability down, and
+returns the log-sum-exp lse(j) of each query's logits. With it, a second kernel (kernels.py) sums the attention that a
+token receives in a head:
 
     r(i) = Σ_j exp(q_j · k_i / √d − lse(j)).
 
@@ -27,7 +28,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model import Model, SelfAttention, Sequences
+from model import Layer, Model, SelfAttention, Sequences
 
 PARTS, COLUMNS = 3, 8  # pieces of a number; columns for them: the kernel wants head sizes that are multiples of 8
 LARGEST_HEAD = 248  # with those columns, as wide as the kernel takes it
@@ -43,10 +44,11 @@ class Spans(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """`flash` and received.py's `received_attention`, or what tests put in their place."""
+    """`flash` and those of kernels.py, or what tests put in their place."""
 
     attention: Callable[[Tensor, Tensor, Tensor, Spans, Spans, float, float], tuple[Tensor, Tensor]]
     received: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, int], Tensor]
+    add_norm: Callable[[Tensor, Tensor, nn.LayerNorm], Tensor]
 
 
 def flash(
@@ -188,6 +190,18 @@ class RoundedLinear(nn.Linear):
         return super().forward(torch.cat([x, x.new_zeros(more, x.size(1))]))[:rows]
 
 
+class FusedLayer(Layer):
+    """A layer that adds and normalises in one kernel, where all is in bf16 and nobody asks for a gradient."""
+
+    kernels: Kernels
+
+    def add_norm(self, x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """See `Layer.add_norm`."""
+        if x.dtype != torch.bfloat16 or self.training or torch.is_grad_enabled():
+            return super().add_norm(x, update, norm)
+        return self.kernels.add_norm(x, update, norm)
+
+
 def use_gpu(model: Model, precision: str) -> Model:
     """Lets a model on a GPU attend without grids in "bf16", and round the rows of its products. Returns the model.
 
@@ -201,6 +215,7 @@ def use_gpu(model: Model, precision: str) -> Model:
     head = model.config.hidden_size // model.config.num_attention_heads
     kernels = find_kernels() if precision == "bf16" and head % 8 == 0 and head <= LARGEST_HEAD else None
     for layer in model.layers if kernels else ():
+        layer.__class__, layer.kernels = FusedLayer, kernels
         layer.attention.__class__, layer.attention.kernels = FlatAttention, kernels
     return model
 
@@ -215,14 +230,14 @@ def find_kernels(device: str = "cuda") -> Kernels | None:
     query = torch.zeros(1, 1, 16, dtype=torch.bfloat16, device=device)
     tokens = Spans(torch.tensor([0, 1], dtype=torch.int32, device=device), 1)
     try:
-        from support.received import received_attention
+        from support import kernels
 
         _, lse = flash(query, query, query, tokens, tokens, 1.0, 0.0)
-        received_attention(query, query, None, lse, *tokens)
+        kernels.received_attention(query, query, None, lse, *tokens)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each library has its own: no module, no compiler, no such GPU
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"attention takes padded grids, which are slower, since its kernels do not run here ({reason})")
         return None
-    return Kernels(flash, received_attention)
+    return Kernels(flash, kernels.received_attention, kernels.add_norm)

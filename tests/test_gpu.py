@@ -11,7 +11,7 @@ from small_models import MODES, make_pruner, pruning_model, random_sequences
 from stages import read_records
 
 from model import Dense, Hard, Model, TopK, pack
-from support.cuda import FlatAttention
+from support.cuda import FlatAttention, find_kernels
 from support.devices import for_inference, for_training
 from support.process import Process
 from support.settings import Settings
@@ -67,6 +67,14 @@ def test_bf16_without_a_grid_is_near_the_cpus_fp32(mode):
         assert ((one.scores / model.thresholds[0] - 1).abs()[changed] < 0.05).all()
     error = (output.logits.float().cpu() - expected.logits)[same].abs().max()
     assert error < BF16 * expected.logits.abs().max()
+
+
+def test_the_fused_sum_and_norm_is_torchs():
+    norm, (x, update) = torch.nn.LayerNorm(768), torch.randn(2, 500, 768).bfloat16().float()
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        fused = find_kernels().add_norm(x.cuda().bfloat16(), update.cuda().bfloat16(), norm.cuda().bfloat16())
+        torch.testing.assert_close(fused.float(), norm.float()(x.cuda() + update.cuda()), rtol=1e-2, atol=1e-2)
 
 
 def attend_on_grids(model: Model) -> None:

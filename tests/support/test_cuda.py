@@ -12,7 +12,15 @@ from small_models import SMALL, pruning_model, random_sequences
 from torch import Tensor
 
 from model import Dense, Hard, Sequences, Soft, TopK, pack
-from support.cuda import FlatAttention, Kernels, ReceivedAttention, Spans, attend, find_kernels
+from support.cuda import (
+    FlatAttention,
+    FusedLayer,
+    Kernels,
+    ReceivedAttention,
+    Spans,
+    attend,
+    find_kernels,
+)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, scale, dropout):
@@ -27,7 +35,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans
 
 
 def plain_sums(query, key, presence, lse, starts, longest) -> Tensor:
-    """What received.py computes."""
+    """What `received_attention` computes."""
     sums, presence = [], torch.ones(len(query)) if presence is None else presence
     for a, b in zip(starts, starts[1:]):
         logits = torch.einsum("qhd,khd->hqk", query[a:b].float(), key[a:b].float()) * query.size(2) ** -0.5
@@ -35,7 +43,11 @@ def plain_sums(query, key, presence, lse, starts, longest) -> Tensor:
     return torch.cat(sums)
 
 
-PLAIN = Kernels(plain, plain_sums)
+def plain_add_norm(x: Tensor, update: Tensor, norm: torch.nn.LayerNorm) -> Tensor:
+    return norm(x + update)
+
+
+PLAIN = Kernels(plain, plain_sums, plain_add_norm)
 
 
 def some_heads(dtype: torch.dtype) -> tuple[Spans, Tensor, Tensor, Tensor]:
@@ -89,6 +101,7 @@ def attend_without_grids(model, monkeypatch):
     """Lets a model on the CPU attend without grids."""
     monkeypatch.setattr(FlatAttention, "takes_grids", lambda self, x, seqs: False)
     for layer in model.layers:
+        layer.__class__, layer.kernels = FusedLayer, PLAIN
         layer.attention.__class__, layer.attention.kernels = FlatAttention, PLAIN
 
 
@@ -139,28 +152,36 @@ def test_grids_stay_where_the_kernels_do_not_run(monkeypatch):
     find_kernels.cache_clear()
     with pytest.warns(UserWarning, match="attention takes padded grids"):
         assert find_kernels("cpu") is None
-    received = types.ModuleType("support.received")
-    received.received_attention = lambda *arguments: None
-    monkeypatch.setitem(sys.modules, "support.received", received)
+    kernels = types.ModuleType("support.kernels")
+    kernels.received_attention = kernels.add_norm = lambda *arguments: None
+    monkeypatch.setitem(sys.modules, "support.kernels", kernels)
+    monkeypatch.setattr("support.kernels", kernels, raising=False)
     monkeypatch.setattr("support.cuda.flash", plain)
     find_kernels.cache_clear()
     assert find_kernels("cpu") is not None
     find_kernels.cache_clear()
 
 
-def test_the_kernel_of_received_attention_in_tritons_interpreter():
+RECEIVED = """
+spans, query, key, presence = some_heads(torch.float32)
+for mask in (None, presence):
+    _, lse = attend(query, key, key, spans, spans, mask, PLAIN)
+    sums = kernels.received_attention(query, key, mask, lse.T.contiguous().T, *spans)
+    sums = sums if mask is None else sums * mask
+    torch.testing.assert_close(sums.double(), matrix_sums(spans, query, key, mask), rtol=1e-5, atol=1e-7)
+"""
+ADD_NORM = """
+norm, (x, update) = torch.nn.LayerNorm(24), torch.randn(2, 9, 24)
+torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+with torch.no_grad():
+    torch.testing.assert_close(kernels.add_norm(x, update, norm), norm(x + update))
+"""
+
+
+@pytest.mark.parametrize("code", [RECEIVED, ADD_NORM], ids=["received", "add_norm"])
+def test_a_kernel_in_tritons_interpreter(code):
     pytest.importorskip("triton")
-    code = (
-        "import torch\n"
-        "from support.received import received_attention\n"
-        "from test_cuda import PLAIN, attend, matrix_sums, some_heads\n"
-        "spans, query, key, presence = some_heads(torch.float32)\n"
-        "for mask in (None, presence):\n"
-        "    _, lse = attend(query, key, key, spans, spans, mask, PLAIN)\n"
-        "    sums = received_attention(query, key, mask, lse.T.contiguous().T, *spans)\n"
-        "    sums = sums if mask is None else sums * mask\n"
-        "    torch.testing.assert_close(sums.double(), matrix_sums(spans, query, key, mask), rtol=1e-5, atol=1e-7)\n"
-    )
+    code = f"import torch\nfrom support import kernels\nfrom test_cuda import *\n{code}"
     tests = Path(__file__).parent.parent
     paths = os.pathsep.join(map(str, (tests.parent, tests, tests / "support")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}

@@ -1,8 +1,9 @@
-"""The attention that each token receives, in one kernel. It needs triton, which comes with torch's CUDA builds."""
+"""Kernels of our own, in triton, which comes with torch's CUDA builds."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn as nn
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -82,3 +83,25 @@ def received_attention(
         BLOCK=BLOCK,
     )
     return sums.sum(0)
+
+
+@triton.jit
+def add_norm_row(x, update, weight, bias, result, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """A program a row."""
+    columns = tl.arange(0, WIDTH)
+    there, row = columns < SIZE, tl.program_id(0).to(tl.int64) * SIZE
+    total = tl.load(x + row + columns, there, other=0.0).to(tl.float32)
+    total += tl.load(update + row + columns, there, other=0.0).to(tl.float32)
+    centered = tl.where(there, total - tl.sum(total, 0) / SIZE, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centered * centered, 0) / SIZE + eps)
+    weights = tl.load(weight + columns, there, other=0.0).to(tl.float32)
+    biases = tl.load(bias + columns, there, other=0.0).to(tl.float32)
+    tl.store(result + row + columns, centered * scale * weights + biases, there)
+
+
+def add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(x + update), summed in float32: x, update (T, D), rows next to each other -> (T, D), without gradient."""
+    result, size = torch.empty_like(x), x.size(1)
+    width = triton.next_power_of_2(size)
+    add_norm_row[(len(x),)](x, update, norm.weight, norm.bias, result, norm.eps, SIZE=size, WIDTH=width)
+    return result
