@@ -198,7 +198,8 @@ def sweep(**options: Any) -> None:
             methods=list(options["methods"]),
             grid=grid,
             distill=find_model(options["distill"], "--distill") if options["distill"] else None,
-            **{name: options[name] for name in ("output", "epochs", "adapt_epochs", "batch_size", "max_seq_length")},
+            **{name: options[name] for name in ("output", "epochs", "adapt_epochs", "batch_size")},
+            **{name: options[name] for name in ("max_seq_length", "read_dropped")},
         )
         process = start(options)
         show, progress = (show, progress) if process.main else (quiet, quiet)

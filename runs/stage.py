@@ -162,6 +162,8 @@ def pruning_changes(request: StageRequest, config: Config) -> dict[str, Any]:
         chosen = {name: value for name, value in asdict(options).items() if value is not None}
         if "token_keep_rate" in chosen or request.settings.target_flops:
             chosen.setdefault("keep_rates", None)  # the schedule takes their place
+        if request.stage == "soft" and request.settings.target_flops and request.source.task.head == "sequence":
+            chosen.setdefault("read_dropped", True)
         return chosen | {"prune_mode": prune_mode}
     # Thresholds and their scale stay as soft training left them.
     if (options.max_seq_length or config.max_seq_length) != config.max_seq_length:

@@ -57,6 +57,7 @@ class SweepRequest:
     adapt_epochs: float | None = None  # of the other stages
     batch_size: int | None = None
     max_seq_length: int | None = None
+    read_dropped: bool | None = None  # of ltp
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,10 @@ def cell_stages(cell: Cell, request: SweepRequest, config: Config) -> list[Stage
                 restore=restore,
                 source=request.source,
                 settings=settings,
-                options=PruningOptions(max_seq_length=request.max_seq_length),
+                options=PruningOptions(
+                    max_seq_length=request.max_seq_length,
+                    read_dropped=request.read_dropped if stage == "soft" else None,
+                ),
                 output=folder,
                 resume=folder.exists(),
                 distill=request.distill,
@@ -269,6 +273,7 @@ def stage_command(request: StageRequest, config: Config, process: Process) -> st
     for name, value in asdict(settings).items():
         if value != usual[name]:
             words += [flag(name), str(value)]
+    words += {None: [], True: ["--read-dropped"], False: ["--ignore-dropped"]}[request.options.read_dropped]
     words += ["--precision", process.precision] * (process.precision != usual_precision(process.device))
     return shlex.join(["python", "ltp.py", request.stage, *words, "--output", str(request.output)])
 
@@ -302,6 +307,7 @@ def sweep_conditions(request: SweepRequest, process: Process) -> dict[str, Any]:
         "data": source.path and str(source.path),
         "dev_data": source.dev_path and str(source.dev_path),
         "precision": process.precision,
+        "read_dropped": request.read_dropped,
         "content": {"folder": folder_digest(request.restore), "data": source.digest()},
     }
 
@@ -313,7 +319,7 @@ def check_same_sweep(results: Path, begun: dict[str, Any], conditions: dict[str,
     """
     digests = begun.get("content", {})
     changed = [name for name in digests if digests[name] != conditions["content"][name]]
-    names = ("task", "precision") if digests else ("folder", "task", "data", "dev_data", "precision")
+    names = ("task", "precision", "read_dropped", *(() if digests else ("folder", "data", "dev_data")))
     changed += [name for name in names if begun.get(name, conditions[name]) != conditions[name]]
     if changed:
         earlier, value = begun.get(changed[0]), conditions[changed[0]]

@@ -362,6 +362,8 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
         if (usual := usual_name(name, config.family)) in tensors:
             raise InputError(f"{folder}: the weights hold {usual} twice, once as {name}")
         tensors[usual] = tensor
+    if saved.read_dropped and not config.read_dropped:
+        tensors.pop(OUR_NAMES["head.dropped"], None)
     labels = config.labels if labels is None else tuple(labels)
     outputs = len(config.labels) if config.head == saved.head and output_name(config) in tensors else None
     if outputs == len(labels):

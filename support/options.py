@@ -210,11 +210,10 @@ protect_option = option(
     help="SQuAD: keep all tokens of the question, or prune them too.  [default: the checkpoint's, else prune]",
 )
 read_option = option(
-    "--read-dropped",
-    is_flag=True,
+    "--read-dropped/--ignore-dropped",
     default=None,
-    help="Classifiers: the head also reads the states of dropped tokens, as they were when they left.  [default: the "
-    "checkpoint's, else not]",
+    help="Classifiers: the head also reads the states of dropped tokens, as they were when they left, or the first "
+    "token alone.  [default: read in `soft` with --target-flops; else the checkpoint's, else ignore]",
 )
 # How a stage prunes, besides the settings.
 STAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -244,8 +243,9 @@ STAGE_HELP = {
     stage costs as much as fine-tuning. Its evaluations drop tokens as inference does. Run `hard` next.
 
     With --target-flops, training finds λ, which then weighs the FLOPs. The thresholds start where they meet the target,
-    and are scaled to it once more at the end. Other defaults change: at 128 tokens to {TARGET_SETTINGS}, at other
-    lengths in proportion to 1 / --max-length. With --score-norm length they do not depend on the length.
+    and are scaled to it once more at the end. Other defaults change: classifiers read dropped tokens, and the rest is
+    at 128 tokens {TARGET_SETTINGS}, at other lengths in proportion to 1 / --max-length. With --score-norm length it
+    does not depend on the length.
 
     \b
     python ltp.py soft --task MRPC --restore CKPT_of_finetune --lambda 0.1
@@ -385,6 +385,7 @@ sweep_options = table(
             "--batch-size", "--bs", type=WHOLE, help=f"Examples per optimizer step.  [default: {Settings.batch_size}]"
         ),
         distill_option,
+        read_option,
     ),
     section(
         "Output",

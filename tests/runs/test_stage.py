@@ -296,6 +296,25 @@ def test_a_classifier_learns_to_read_dropped_tokens(source, finetuned, tmp_path)
     assert load_config(tmp_path / "hard").read_dropped
 
 
+@pytest.mark.parametrize("target, read, reads", [(0.5, None, True), (0.5, False, False), (None, None, False)])
+def test_towards_a_budget_soft_training_reads_dropped_tokens(target, read, reads, source, finetuned, tmp_path):
+    stage(source, "soft", finetuned, tmp_path, PruningOptions(read_dropped=read), target_flops=target, epochs=0.1)
+    assert load_config(tmp_path).read_dropped is reads
+
+
+def test_a_checkpoint_that_reads_dropped_tokens_can_be_taken_without_its_map(source, finetuned, tmp_path):
+    reading, not_reading = tmp_path / "reading", tmp_path / "not reading"
+    stage(source, "soft", finetuned, reading, PruningOptions(read_dropped=True), epochs=0.1)
+    stage(source, "manual", reading, not_reading, PruningOptions(read_dropped=False), epochs=0.1)
+    assert not load_config(not_reading).read_dropped and not hasattr(load_model(not_reading).model.head, "dropped")
+
+
+def test_towards_a_budget_a_head_for_each_token_stays_as_it_is(tags, tmp_path):
+    source, dense = tags
+    stage(source, "soft", dense, tmp_path, target_flops=0.7, epochs=0.1)
+    assert not load_config(tmp_path).read_dropped
+
+
 def test_a_checkpoint_of_another_kind_is_refused(source, finetuned, trained, tmp_path):
     with pytest.raises(InputError, match="another kind of task than your own data"):
         evaluate_checkpoint(trained.folder, source, Process())

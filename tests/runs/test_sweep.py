@@ -55,6 +55,10 @@ def test_cells_have_the_settings_of_their_commands(source, dense, tmp_path):
     usual = {"--lr-threshold", "--temperature-end", "--mask-attention", flag("mask_attention")}  # the target's own
     assert usual.isdisjoint(words)
     assert words[words.index("--precision") + 1] == "bf16" and words[-2:] == ["--output", str(soft.output)]
+    assert soft.options.read_dropped is None and "--ignore-dropped" not in words
+    soft, hard = cell_stages(Cell("ltp", point), replace(request, read_dropped=False), config)
+    assert soft.options.read_dropped is False and hard.options.read_dropped is None
+    assert "--ignore-dropped" in stage_command(soft, config, Process())
 
 
 def test_a_sweep_measures_each_model_once(source, dense, tmp_path):
