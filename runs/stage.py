@@ -150,7 +150,7 @@ def make_plan(request: StageRequest) -> Plan:
         max_length=max_length,
         tokenizer=tokenizer,
         folder=output,
-        header=log_header(request, tokenizer),
+        header=log_header(request, tokenizer) | {"read_dropped": changed_reading(config, changes)},
         notes=notes,
     )
 
@@ -181,8 +181,9 @@ def check_head(request: StageRequest, config: Config) -> None:
         raise InputError(f"{request.restore}: has no head for {task.title}; run `finetune` on it first")
     if request.options.protect_question is not None and task.head != "span":
         raise InputError(f"--protect-question is for questions on texts, which {task.title} does not have")
-    if request.options.read_dropped and task.head != "sequence":
-        raise InputError(f"--read-dropped is for classifiers; the head of {task.title} reads every token")
+    if request.options.read_dropped is not None and task.head != "sequence":
+        option = "--read-dropped" if request.options.read_dropped else "--ignore-dropped"
+        raise InputError(f"{option} is for classifiers; the head of {task.title} reads every token")
 
 
 def choose_length(request: StageRequest, config: Config, notes: list[str]) -> int | None:
@@ -226,6 +227,15 @@ def log_header(request: StageRequest, tokenizer: Tokenizer) -> dict[str, Any]:
         header["columns"] = [source.task.text, source.task.pair, source.task.label]
         header["regression"] = source.task.regression
     return header
+
+
+def changed_reading(config: Config, changes: dict[str, Any]) -> bool | None:
+    """Whether the stage's head reads dropped tokens, as a log says it; None if it does as the checkpoint's does.
+
+    The option's default has changed, so its value alone would take a run of another version for the same.
+    """
+    reads = changes.get("read_dropped")
+    return None if reads == config.read_dropped else reads
 
 
 def default_output(stage: str, restore: Path, task: Task, config: Config, settings: Settings) -> Path:

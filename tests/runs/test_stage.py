@@ -281,10 +281,11 @@ def test_pruning_options_out_of_range(source, finetuned, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_only_classifiers_read_dropped_tokens(tags, tmp_path):
+@pytest.mark.parametrize("read, option", [(True, "--read-dropped"), (False, "--ignore-dropped")])
+def test_only_classifiers_read_dropped_tokens(read, option, tags, tmp_path):
     source, dense = tags
-    with pytest.raises(InputError, match="--read-dropped is for classifiers"):
-        stage(source, "soft", dense, tmp_path, PruningOptions(read_dropped=True))
+    with pytest.raises(InputError, match=f"{option} is for classifiers"):
+        stage(source, "soft", dense, tmp_path, PruningOptions(read_dropped=read))
 
 
 def test_a_classifier_learns_to_read_dropped_tokens(source, finetuned, tmp_path):
@@ -300,6 +301,15 @@ def test_a_classifier_learns_to_read_dropped_tokens(source, finetuned, tmp_path)
 def test_towards_a_budget_soft_training_reads_dropped_tokens(target, read, reads, source, finetuned, tmp_path):
     stage(source, "soft", finetuned, tmp_path, PruningOptions(read_dropped=read), target_flops=target, epochs=0.1)
     assert load_config(tmp_path).read_dropped is reads
+
+
+def test_a_run_that_ignores_dropped_tokens_is_not_resumed_as_one_that_reads_them(source, finetuned, tmp_path):
+    target = {"target_flops": 0.5, "epochs": 0.1}
+    stage(source, "soft", finetuned, tmp_path, PruningOptions(read_dropped=False), **target)
+    assert read_records(tmp_path)[0]["read_dropped"] is None  # as runs of a version without the default have it
+    settings = Settings(learning_rate=1e-3, batch_size=16, load_best=False, **target)
+    with pytest.raises(InputError, match="was started with read_dropped = None, not True; use the same options"):
+        run_stage(StageRequest("soft", finetuned, source, settings, output=tmp_path, resume=True))
 
 
 def test_a_checkpoint_that_reads_dropped_tokens_can_be_taken_without_its_map(source, finetuned, tmp_path):
