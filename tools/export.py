@@ -184,7 +184,8 @@ def export_checkpoint(folder: Path, output: Path, int8: bool = False, dense: boo
     """Writes a model folder as one ONNX file, whole or not at all, and returns a line on it. Raises: InputError."""
     if (folder / GRAPH).exists():
         raise InputError(f"{(folder / GRAPH).resolve()}: is exported already; export the checkpoint it was made of")
-    model = load_model(folder, **{"prune_mode": None} if dense else {}).model
+    # The dense model drops nothing, and its graph needs no map of what was dropped.
+    model = load_model(folder, **{"prune_mode": None, "read_dropped": False} if dense else {}).model
     tokenizer, reports = Tokenizer(folder), []
     write_file(output, lambda path: reports.append(export_model(model, path, tokenizer, int8)))
     return reports[0]

@@ -148,8 +148,11 @@ def test_bench_adds_to_the_card(runs, tmp_path):
 
 @pytest.mark.parametrize("options, drops", [((), True), (("--dense",), False)])
 def test_export_writes_a_graph_with_or_without_pruning(hard, tmp_path, options, drops):
-    result = run("export", "--restore", hard, "--output", tmp_path / "m.onnx", *options)
+    reading = shutil.copytree(hard, tmp_path / "reading")
+    save_model(reading, load_model(hard, read_dropped=True).model)
+    result = run("export", "--restore", reading, "--output", tmp_path / "m.onnx", *options)
     assert "m.onnx: inputs input_ids" in result.stdout
+    assert drops == ("token_type_ids" in result.stdout)  # the map of dropped tokens, which asks for it, is gone
     graph = onnx.load(tmp_path / "m.onnx").graph
     assert [output.name for output in graph.output] == ["logits", "kept"]
     # The mask of the inputs and the first grid take one each, and so does each layer that drops.
