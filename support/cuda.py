@@ -203,7 +203,7 @@ class FusedLayer(Layer):
 
 
 def use_gpu(model: Model, precision: str) -> Model:
-    """Lets a model on a GPU attend without grids in "bf16", and round the rows of its products. Returns the model.
+    """Lets a model on a GPU round the rows of its products, and in "bf16" use the kernels of this file. Returns it.
 
     Grids stay where the kernels do not take the size of its heads, or do not run. "fp32" does not look for them.
     """

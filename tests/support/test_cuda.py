@@ -121,6 +121,23 @@ def test_a_model_answers_as_with_grids(mode, head, monkeypatch):
     assert mode == "dense" or output.kept[-1].sum() < Sequences(batch.lengths).num_tokens / 2
 
 
+@pytest.mark.parametrize(
+    "dtype, training, gradient, fused",
+    [
+        (torch.bfloat16, False, False, True),
+        (torch.bfloat16, True, False, False),  # dropout acts on the update
+        (torch.bfloat16, False, True, False),
+        (torch.float32, False, False, False),
+    ],
+)
+def test_one_kernel_adds_and_normalises_in_bf16_inference_alone(dtype, training, gradient, fused):
+    layer, calls = FusedLayer(SMALL).to(dtype).train(training), []
+    layer.kernels = PLAIN._replace(add_norm=lambda *inputs: calls.append(1) or plain_add_norm(*inputs))
+    with torch.set_grad_enabled(gradient):
+        layer.feed_forward_block(torch.zeros(3, SMALL.hidden_size, dtype=dtype))
+    assert len(calls) == fused
+
+
 @pytest.mark.parametrize("mode", ["hard", "soft", "soft on attention"])
 @pytest.mark.parametrize("head", ["sequence", "token"])
 def test_gradients_are_those_with_grids(mode, head, monkeypatch):
