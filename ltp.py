@@ -460,11 +460,12 @@ def export(**options: Any) -> None:
     python ltp.py export --restore CKPT --output int8.onnx --int8 --task MRPC
 
     The graph takes padded texts, and drops tokens inside. Inputs are input_ids and attention_mask (texts, tokens),
-    token_type_ids for models with several segments, and question_length (texts) where the question is protected.
-    Outputs are logits (texts, labels) or (texts, tokens, labels), and kept (texts, layers), the tokens leaving each
-    layer. ONNX Runtime runs the new file on several lengths, and its answers are compared with the model's before the
-    file takes its place. The tokenizer is in the file, too: `eval`, `predict` and `bench` take it as --restore, and
-    serving/serve.py answers without PyTorch. Needs onnx and onnxscript, and onnxruntime to compare.
+    token_type_ids for models with several segments and those that read dropped tokens, and question_length (texts)
+    where the question is protected. Outputs are logits (texts, labels) or (texts, tokens, labels), and kept (texts,
+    layers), the tokens leaving each layer. ONNX Runtime runs the new file on several lengths, and its answers are
+    compared with the model's before the file takes its place. The tokenizer is in the file, too: `eval`, `predict` and
+    `bench` take it as --restore, and serving/serve.py answers without PyTorch. Needs onnx and onnxscript, and
+    onnxruntime to compare.
 
     --int8 rounds after the comparison. What that costs depends on the model: with --task or --data the file is run
     beside the checkpoint on the evaluation data.

@@ -385,7 +385,12 @@ sweep_options = table(
             "--batch-size", "--bs", type=WHOLE, help=f"Examples per optimizer step.  [default: {Settings.batch_size}]"
         ),
         distill_option,
-        read_option,
+        option(
+            "--read-dropped/--ignore-dropped",
+            default=None,
+            help="Whether ltp's classifiers read dropped tokens; those of manual and topk do as CKPT does.  [default: "
+            "as in `soft`]",
+        ),
     ),
     section(
         "Output",
