@@ -383,6 +383,9 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
         if thresholds is not None:
             tensors[THRESHOLDS] = thresholds
     has_thresholds = THRESHOLDS in tensors
+    notes = [note] if note else []
+    if saved.read_dropped and config.read_dropped and not fresh and OUR_NAMES["head.dropped"] not in tensors:
+        notes.append("the folder has no map of dropped tokens (ltp.dropped): it starts at 0")
     fresh["thresholds"] = threshold_ladder(config.final_token_threshold, config.num_hidden_layers)
     fresh["head.dropped"] = torch.zeros(config.hidden_size, 2 * config.hidden_size)
 
@@ -391,7 +394,7 @@ def load_model(folder: str | Path, labels: tuple[str, ...] | None = None, new_he
     model.load_state_dict(make_state(model, tensors, fresh, folder), assign=True)
     refuse_unknown(tensors, config, folder)
     model.requires_grad_(True).thresholds.requires_grad_(False)
-    return Loaded(model.eval(), has_thresholds, [note] if note else [])
+    return Loaded(model.eval(), has_thresholds, notes)
 
 
 def load_graph(folder: Path, config: Config, labels: tuple[str, ...]) -> Loaded:

@@ -225,6 +225,17 @@ def test_a_new_head_leaves_the_old_heads_map_of_dropped_tokens_behind(tmp_path):
     assert not hasattr(tagger.head, "dropped")
 
 
+def test_a_lost_map_of_dropped_tokens_is_told(tmp_path):
+    save_model(tmp_path, small_model(read_dropped=True))
+    assert not load_model(tmp_path).notes and not load_model(tmp_path, read_dropped=False).notes
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["ltp.dropped"]  # as `transformers` leaves it out of what it saves
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)
+    assert loaded.notes == ["the folder has no map of dropped tokens (ltp.dropped): it starts at 0"]
+    assert not loaded.model.head.dropped.any()
+
+
 def test_new_head_when_the_number_of_classes_changes(tmp_path):
     save_model(tmp_path, small_model())
     loaded = load_model(tmp_path, labels=("p", "q"), new_head=True)
