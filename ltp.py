@@ -38,7 +38,7 @@ from support.settings import STAGES, PruningOptions, Settings, check_settings, s
     context_settings={"token_normalize_func": hyphens, "help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 def main() -> None:
-    """Learned Token Pruning (LTP) makes a RoBERTa-class model cheaper: tokens that get little attention are dropped.
+    """Learned Token Pruning (LTP) makes RoBERTa- and BERT-class models cheaper: it drops tokens with little attention.
 
     \b
     LTP:        finetune -> soft (learns thresholds) -> hard (drops tokens)

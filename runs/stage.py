@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from data import Examples
-from model import Config, Dense, Model, threshold_ladder
+from model import Config, Dense, Model, threshold_ladder, topk_rates
 from runs.budget import protected_tokens, rate_for_budget, starting_thresholds
 from runs.checks import check_pruning, check_task, describe_cut, describe_left_out, known_labels, length_limit
 from runs.folder import LOG, RunFolder, check_output, check_same_run, clear_states, find_tensorboard, finished, read_log
@@ -305,7 +305,8 @@ def meet_target(request: StageRequest, model: Model, train_set: Examples, proces
         lengths, protected = torch.from_numpy(train_set.lengths), protected_tokens(model.config, train_set)
         rate = rate_for_budget(model.config, lengths, protected, target)
         model.config = replace(model.config, token_keep_rate=rate)
-        return f"a token keep rate of {rate:.3f} meets the target"
+        shares = " ".join(f"{share:.2f}" for share in topk_rates(rate, model.config.num_hidden_layers))
+        return f"the layers keep shares of {shares} of the tokens to meet the target"
     factor = scale_thresholds(model, train_set, target, process=process)
     if factor is None:
         raise InputError(f"--target-flops {target}: no multiple of the thresholds prunes so much; pass a larger one")

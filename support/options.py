@@ -253,7 +253,7 @@ STAGE_HELP = {
 
     \b
     Writes checkpoints/base/TASK/absolute_threshold/rate_θ/temperature_τ/
-           lambda_λ/lr_LR (with a target flops_TARGET/lr_LR)
+           lambda_λ/lr_LR (with a target, flops_TARGET in place of lambda_λ)
     """,
     "hard": """Drop tokens, and adapt the weights (second stage of LTP).
 
