@@ -217,6 +217,7 @@ def write_page(folder: Path, rows: list[tuple[str, dict[str, Any]]], examples: l
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         for row in (COLUMNS, *result_rows(rows))
     )
+    stages = [stage for stage, _ in rows if stage != "soft"]
     inspected = html.escape(page(examples, {"name": str(folder / "hard"), "pruning": "hard"}))
     write_text(
         folder / "index.html",
@@ -226,8 +227,8 @@ def write_page(folder: Path, rows: list[tuple[str, dict[str, Any]]], examples: l
 td {{ padding: .2em 1.2em .2em 0 }} svg {{ max-width: 100%; height: auto }}
 iframe {{ width: 100%; height: 700px; border: 1px solid #ccc }}</style>
 <h1>The demo</h1><table>{cells}</table>
-<h2>Accuracy against FLOPs</h2>{figure(folder, "tradeoff", [stage for stage, _ in rows if stage != "soft"])}
-<h2>Training</h2>{figure(folder, "curves", [stage for stage, _ in rows])}
+<h2>Accuracy against FLOPs</h2>{figure(folder, "tradeoff", stages)}
+<h2>Training</h2>{figure(folder, "curves", [*stages, "soft"])}
 <h2>What is left of a review</h2><iframe srcdoc="{inspected}" title="examples"></iframe></html>
 """,
     )
