@@ -223,7 +223,7 @@ STAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "topk": (keep_rate_option, keep_rates_option, protect_option, read_option),
     "manual": (threshold_option, score_norm_option, protect_option, read_option),
 }
-TARGET_SETTINGS = ", ".join(
+TARGET_SETTINGS = "\n      ".join(
     flag(name) + ("" if value is True else f" {value:g}") for name, value in soft_target(128).items()
 )
 STAGE_HELP = {
@@ -243,9 +243,15 @@ STAGE_HELP = {
     stage costs as much as fine-tuning. Its evaluations drop tokens as inference does. Run `hard` next.
 
     With --target-flops, training finds λ, which then weighs the FLOPs. The thresholds start where they meet the target,
-    and are scaled to it once more at the end. Other defaults change: classifiers read dropped tokens, and the rest is
-    at 128 tokens {TARGET_SETTINGS}, at other lengths in proportion to 1 / --max-length. With --score-norm length it
-    does not depend on the length.
+    and are scaled to it once more at the end.
+
+    \b
+    Other defaults change with it:
+      --read-dropped (classifiers)
+      {TARGET_SETTINGS}
+
+    The last three are for 128 tokens. They are inversely proportional to the maximum length, but not with the
+    score norm "length".
 
     \b
     python ltp.py soft --task MRPC --restore CKPT_of_finetune --lambda 0.1

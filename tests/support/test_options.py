@@ -140,7 +140,7 @@ def test_settings_are_options_with_the_defaults_of_their_stage(stage):
 
 def test_soft_tells_what_a_target_changes():
     shown = re.sub(r"-\n +|\s+", lambda gap: gap[0].strip() or " ", run("soft", "--help").stdout)
-    assert "--mask-attention, --temperature 0.001, --temperature-end 0.0002, --lr-threshold 0.0001" in shown
+    assert "(classifiers) --mask-attention --temperature 0.001 --temperature-end 0.0002 --lr-threshold 0.0001" in shown
     assert re.search(r"--mask-attention / --mask-output .*? \[default: mask-output\]", shown)
 
 
