@@ -12,15 +12,7 @@ from small_models import SMALL, pruning_model, random_sequences
 from torch import Tensor
 
 from model import Dense, Hard, Sequences, Soft, TopK, pack
-from support.cuda import (
-    FlatAttention,
-    FusedLayer,
-    Kernels,
-    ReceivedAttention,
-    Spans,
-    attend,
-    find_kernels,
-)
+from support.cuda import FlatAttention, FusedLayer, Kernels, ReceivedAttention, Spans, attend, find_kernels
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, queries: Spans, keys: Spans, scale, dropout):
