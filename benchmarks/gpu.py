@@ -15,7 +15,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,32 +203,38 @@ def measure_steps(
     return rows
 
 
+def measurements(
+    model: Model, folder: Path, batch_sizes: list[int], process: Process, repeats: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each setting."""
+    for lengths_of in (mrpc_like_lengths, all_384):
+        for batch_size in batch_sizes:
+            yield measure_inference(model, folder, lengths_of, batch_size, process, repeats)
+        yield measure_inference(model, folder, lengths_of, 1, process, 3 * repeats)
+    for lengths_of, batch_size in ((mrpc_like_lengths, 128), (all_384, 32), (all_384, 128)):
+        yield measure_steps(model, lengths_of, batch_size, process, repeats)
+
+
 @click.command()
 @click.option("--size", type=click.Choice(list(SIZES)), default="base", show_default=True)
 @click.option("--batch-sizes", default="32,128,512", show_default=True)
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table there.")
 def main(size: str, batch_sizes: str, repeats: int, json_file: Path | None) -> None:
-    """Prints and writes the table."""
+    """Prints and writes the table, a setting after the other."""
     if not torch.cuda.is_available():
         raise click.ClickException("needs a GPU, and this machine has none")
-    process, model, rows = start_process("cuda", "bf16"), make_model(size), []
+    process, model, device = start_process("cuda", "bf16"), make_model(size), torch.cuda.get_device_name()
+    rows: list[dict[str, Any]] = []
+    click.echo(f"{device}, bf16, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, model)
-        for batch_size in map(int, batch_sizes.split(",")):
-            for lengths_of in (mrpc_like_lengths, all_384):
-                rows += measure_inference(model, Path(folder), lengths_of, batch_size, process, repeats)
-        for lengths_of in (mrpc_like_lengths, all_384):
-            rows += measure_inference(model, Path(folder), lengths_of, 1, process, 3 * repeats)
-        for lengths_of, batch_size in ((mrpc_like_lengths, 128), (all_384, 32), (all_384, 128)):
-            rows += measure_steps(model, lengths_of, batch_size, process, repeats)
-    device = torch.cuda.get_device_name()
-    for row in rows:
-        figures = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("name",))
-        click.echo(f"{row['name']:34}{figures}")
-    click.echo(f"\n{device}, bf16, torch {torch.__version__}")
-    if json_file:
-        write_json(json_file, {"device": device, "torch": torch.__version__, "size": size, "rows": rows})
+        for more in measurements(model, Path(folder), list(map(int, batch_sizes.split(","))), process, repeats):
+            rows += more
+            for row in more:
+                click.echo(f"{row['name']:34}" + "  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "name"))
+            if json_file:  # now: what a time limit ends is not lost
+                write_json(json_file, {"device": device, "torch": torch.__version__, "size": size, "rows": rows})
 
 
 if __name__ == "__main__":
