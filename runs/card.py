@@ -185,6 +185,7 @@ def usage(config: Config, pairs: bool) -> str:
     """How to load the model, pruned and dense. pairs: a classifier answers for pairs of texts."""
     _, hub_class, texts = HEADS[config.head]
     texts += ' --pair "another"' if pairs and config.head == "sequence" else ""
+    scores = ", whose scores are not those above" if config.prune_mode else ""
     return f"""## How to use it
 
 With the tokens dropped, by `ltp.py` of the project that trained it (Learned Token Pruning,
@@ -194,7 +195,7 @@ https://arxiv.org/abs/2107.00910):
 python ltp.py predict --restore THIS_FOLDER {texts}
 ```
 
-As the dense model, without pruning:
+As the dense model, without pruning{scores}:
 
 ```python
 from transformers import {hub_class}, AutoTokenizer

@@ -97,6 +97,7 @@ def run_stage(
             process=process,
             batch_size=request.settings.batch_size,
             show=show,
+            progress=progress,
         )
     for note in plan.notes:
         show(f"note: {note}")
@@ -244,9 +245,11 @@ def default_output(stage: str, restore: Path, task: Task, config: Config, settin
     if settings.target_flops:
         rate = f"flops_{settings.target_flops}" / rate
     if stage == "soft":
-        goal = "" if settings.target_flops else f"lambda_{settings.regularization}"
-        threshold, temperature = f"rate_{config.final_token_threshold}", f"temperature_{settings.temperature}"
-        return base / "absolute_threshold" / threshold / temperature / goal / rate
+        temperature, reads = f"temperature_{settings.temperature}", "read_dropped" if config.read_dropped else ""
+        # Towards a target, training finds λ, and where the thresholds start.
+        threshold, goal = f"rate_{config.final_token_threshold}", f"lambda_{settings.regularization}"
+        parts = (temperature, reads) if settings.target_flops else (threshold, temperature, goal, reads)
+        return Path(base, "absolute_threshold", *parts, rate)
     return (base if stage == "finetune" or cached_name(restore) else restore) / stage / rate
 
 

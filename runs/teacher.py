@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,13 @@ def ask_teacher(
     process: Process,
     batch_size: int,
     show: Callable[[str], Any] = lambda line: None,
+    progress: Callable[..., Any] = lambda **state: None,
 ) -> Tensor:
     """The teacher's logits of the training examples, for `Examples.teacher`: (N, C), or (ΣT, C) with an answer a token.
 
     The teacher reads the texts with its own tokenizer. The cache of `datasets` keeps the logits: a later
     stage with the same teacher, tokens and conditions reads them there. show: called with what the user should know.
+    progress: called with the batch that begins, `step` of `steps`.
     Raises: InputError, also for a teacher that answers for each token and whose tokens are not the student's.
     """
     import datasets
@@ -60,7 +64,15 @@ def ask_teacher(
             raise InputError(f"{path}: the teacher's answers in the cache are damaged ({error}); remove it") from None
     show(f"the teacher answers {len(examples):,} training examples")
     teacher = for_inference(teacher, process)
-    rows = predict_logits(teacher, examples, process, batch_size=batch_size, pruner=Dense())[0]
+    batches, done = math.ceil(math.ceil(len(examples) / process.world) / batch_size), itertools.count()
+    rows, _ = predict_logits(
+        teacher,
+        examples,
+        process,
+        batch_size=batch_size,
+        pruner=Dense(),
+        check=lambda: progress(step=next(done), steps=batches),
+    )
     logits = torch.from_numpy(np.stack(rows) if source.task.head == "sequence" else np.concatenate(rows))
     if process.main:
         write_file(path, lambda temporary: save_file({"logits": logits}, temporary))

@@ -34,6 +34,7 @@ def test_what_a_card_says(soft, finetuned):
     assert "Measured speed" not in card.text and str(soft) not in card.content
     dense = (finetuned / "README.md").read_text()
     assert "threshold |" not in dense and "It prunes nothing." in dense and "regularization" not in dense
+    assert "without pruning, whose scores are not those above:" in card.text and "without pruning:" in dense
 
 
 def test_the_class_that_a_card_names_opens_the_folder(soft):

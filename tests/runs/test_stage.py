@@ -364,8 +364,12 @@ def test_default_folders_are_the_authors():
     settings, task = Settings(temperature=2e-4, regularization=0.15), find_task("SST-2")
     folder = default_output("soft", Path("x"), task, SMALL, settings)
     assert str(folder) == "checkpoints/base/SST2/absolute_threshold/rate_0.01/temperature_0.0002/lambda_0.15/lr_2e-05"
-    half = replace(settings, target_flops=0.5)  # they have no budgets: each gets a folder of its own
-    assert default_output("soft", Path("x"), task, SMALL, half) == folder.parent.parent / "flops_0.5/lr_2e-05"
+    half, base = replace(settings, target_flops=0.5), "checkpoints/base/SST2/absolute_threshold/temperature_0.0002"
+    # They have no budgets, and read no dropped tokens: each of these gets a folder of its own.
+    assert str(default_output("soft", Path("x"), task, SMALL, half)) == f"{base}/flops_0.5/lr_2e-05"
+    reads = replace(SMALL, read_dropped=True)
+    assert str(default_output("soft", Path("x"), task, reads, half)) == f"{base}/read_dropped/flops_0.5/lr_2e-05"
+    assert default_output("soft", Path("x"), task, reads, settings) == folder.parent / "read_dropped/lr_2e-05"
     assert str(default_output("manual", Path("x"), task, SMALL, half)) == "x/manual/flops_0.5/lr_2e-05"
     assert str(default_output("hard", folder, task, SMALL, settings)) == f"{folder}/hard/lr_2e-05"
     assert str(default_output("manual", Path("x"), task, SMALL, settings)) == "x/manual/lr_2e-05"

@@ -26,9 +26,9 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-def ask(source, folder, process=Process(), max_length=128, student=None, batch_size=16):
+def ask(source, folder, process=Process(), max_length=128, student=None, batch_size=16, **calls):
     labels = load_config(folder).labels
-    return ask_teacher(folder, source, labels, Tokenizer(student or folder), max_length, process, batch_size)
+    return ask_teacher(folder, source, labels, Tokenizer(student or folder), max_length, process, batch_size, **calls)
 
 
 def test_answers_are_the_dense_models(source, finetuned):
@@ -38,6 +38,14 @@ def test_answers_are_the_dense_models(source, finetuned):
     with torch.inference_mode():
         for i in (0, 77, 149):
             torch.testing.assert_close(logits[i], model(examples.batch([i]), Dense()).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_bar_moves_while_the_teacher_answers(source, finetuned):
+    seen = []
+    ask(source, finetuned, progress=lambda step, steps: seen.append((step, steps)))
+    assert seen == [(batch, 10) for batch in range(10)]  # 150 examples, 16 a batch
+    ask(source, finetuned, progress=lambda step, steps: seen.append((step, steps)))
+    assert len(seen) == 10  # the second time the cache has the answers
 
 
 def test_answers_for_each_token_lie_in_the_order_of_the_examples(tags):
