@@ -54,6 +54,7 @@ SHALLOW = ("1+2+3", "1+2+6", "1+3+5", "1+2", "1+6")  # layers that a shallower m
 TITLES = {  # of the methods in the figure
     "ltp": "LTP",
     "ltp-read": "LTP, --read-dropped",
+    "ltp-length": "LTP, --score-norm length",
     "fixed": "LTP's start, not learned",
     "manual": "manual, l / L",
     "topk": "top-k with LTP's shares",
@@ -179,6 +180,9 @@ def cells(
         if "ltp-read" in methods:
             name = {"method": "ltp-read", "target": target}
             yield name, lambda: (learned(bench, bench.student(read_dropped=True), target, soft_epochs[0]), None)
+        if "ltp-length" in methods:
+            name = {"method": "ltp-length", "target": target}
+            yield name, lambda: (learned(bench, bench.student(score_norm="length"), target, soft_epochs[0]), None)
         if "fixed" in methods:
             name = {"method": "fixed", "target": target}
             yield name, lambda: (learned(bench, bench.student(), target, 0), None)

@@ -1,7 +1,7 @@
 """Makes the data sets of the README's tables that differ from the distributed ones.
 
 python benchmarks/sets.py sentences GLUE/SST-2 OUT      10,000 lines of SST-2, sentences rather than phrases
-python benchmarks/sets.py halves GLUE/MRPC OUT          MRPC: the shorter half to train, the longer half to evaluate
+python benchmarks/sets.py halves GLUE/MRPC OUT          the shorter half to train, the longer half to evaluate; also R8
 python benchmarks/sets.py names SQUAD OUT               SQuAD's contexts in lower case: which words are names?
 """
 
@@ -68,12 +68,14 @@ def sentences(source: Path, output: Path, count: int, seed: int) -> None:
 @click.argument("source", type=FOLDER)
 @click.argument("output", type=OUTPUT)
 def halves(source: Path, output: Path) -> None:
-    """Sorts pairs by the number of their words: the shorter half to train, the longer half to evaluate."""
-    for name in ("train.tsv", "dev.tsv"):
-        header, lines = read_lines(source / name)
+    """Sorts lines of TSV or JSONL by the number of their words: the shorter half to train, the longer to evaluate."""
+    suffix = ".jsonl" if (source / "train.jsonl").is_file() else ".tsv"
+    for split in ("train", "dev"):
+        lines = (source / f"{split}{suffix}").read_text(encoding="utf-8-sig").splitlines()
+        header = [lines.pop(0)] if suffix == ".tsv" else []
         lines.sort(key=lambda line: len(line.split()))
         middle = len(lines) // 2
-        write_lines(output / name, [header, *(lines[:middle] if name == "train.tsv" else lines[middle:])])
+        write_lines(output / f"{split}{suffix}", header + (lines[:middle] if split == "train" else lines[middle:]))
 
 
 @main.command()
