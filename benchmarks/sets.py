@@ -1,7 +1,7 @@
 """Makes the data sets of the README's tables that differ from the distributed ones.
 
 python benchmarks/sets.py sentences GLUE/SST-2 OUT      10,000 lines of SST-2, sentences rather than phrases
-python benchmarks/sets.py halves GLUE/MRPC OUT          the shorter half to train, the longer half to evaluate; also R8
+python benchmarks/sets.py halves GLUE/MRPC OUT          the shorter half to train, the longer ones to evaluate; also R8
 python benchmarks/sets.py names SQUAD OUT               SQuAD's contexts in lower case: which words are names?
 """
 
@@ -68,14 +68,18 @@ def sentences(source: Path, output: Path, count: int, seed: int) -> None:
 @click.argument("source", type=FOLDER)
 @click.argument("output", type=OUTPUT)
 def halves(source: Path, output: Path) -> None:
-    """Sorts lines of TSV or JSONL by the number of their words: the shorter half to train, the longer to evaluate."""
-    suffix = ".jsonl" if (source / "train.jsonl").is_file() else ".tsv"
+    """Sorts lines of TSV or JSONL by the number of their words.
+
+    The training data's shorter half is to train on, all longer halves are to evaluate on.
+    """
+    suffix, header, parts = ".jsonl" if (source / "train.jsonl").is_file() else ".tsv", [], []
     for split in ("train", "dev"):
         lines = (source / f"{split}{suffix}").read_text(encoding="utf-8-sig").splitlines()
         header = [lines.pop(0)] if suffix == ".tsv" else []
         lines.sort(key=lambda line: len(line.split()))
-        middle = len(lines) // 2
-        write_lines(output / f"{split}{suffix}", header + (lines[:middle] if split == "train" else lines[middle:]))
+        parts += [lines[: len(lines) // 2], lines[len(lines) // 2 :]]
+    write_lines(output / f"train{suffix}", header + parts[0])
+    write_lines(output / f"dev{suffix}", header + parts[1] + parts[3])
 
 
 @main.command()
