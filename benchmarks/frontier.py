@@ -50,18 +50,7 @@ from tools.plot import draw_dense, draw_legend, line_style, new_figure, save_fig
 from train import Trainer, scale_thresholds  # noqa: E402
 
 BUDGETS = (0.5, 0.25)
-SHALLOW = ("1+2+3", "1+2+6", "1+3+5", "1+2", "1+6")  # layers that a shallower model may consist of
-TITLES = {  # of the methods in the figure
-    "ltp": "LTP",
-    "ltp-read": "LTP, --read-dropped",
-    "ltp-length": "LTP, --score-norm length",
-    "fixed": "LTP's start, not learned",
-    "manual": "manual, l / L",
-    "topk": "top-k with LTP's shares",
-    "random": "random with LTP's shares",
-    "shallow": "fewer layers",
-    "shallow-ltp": "fewer layers, with LTP",
-}
+SHALLOW = ("1+2+6",)  # layers that a shallower model of six consists of
 
 
 class RandomDrop(TopK):
@@ -123,37 +112,62 @@ class Bench:
 # The methods. Each makes a model of the dense one, and the pruner that it needs if that is not the model's own
 
 
-def learned(bench: Bench, model: Model, target: float, soft_epochs: float) -> Model:
-    """LTP, from a dense model. With 0 epochs of `soft`, its starting thresholds stay as they are."""
+METHODS = {  # their titles in the figure. Those that end in -read read the states of dropped tokens
+    "ltp": "LTP",
+    "ltp-read": "LTP, --read-dropped",
+    "ltp-length": "LTP, --score-norm length",
+    "frozen": "LTP, thresholds not learned",
+    "frozen-read": "LTP, --read-dropped, thresholds not learned",
+    "fixed": "LTP's start, not learned",
+    "fixed-read": "LTP's start, --read-dropped",
+    "manual": "manual, l / L",
+    "topk": "top-k with LTP's shares",
+    "topk-read": "top-k with LTP's shares, --read-dropped",
+    "random": "random with LTP's shares",
+    "shallow": "fewer layers",
+    "shallow-ltp": "fewer layers, with LTP",
+    "longer": "dense, trained as long",
+}
+TRAINED = ("ltp", "ltp-read", "fixed", "manual", "topk", "random", "shallow", "longer")
+SHOWN = ("ltp", "ltp-read", "fixed", "manual", "topk", "random", "shallow")
+
+
+def pruned(
+    bench: Bench, method: str, target: float, soft_epochs: float, rates: Callable[[float], list[float]]
+) -> tuple[Model, Pruner | None]:
+    """Trains a method of the dense model's size, to a budget. Returns the model, and its pruner if not its own.
+
+    soft_epochs: of LTP. rates: gives the share of the tokens that LTP keeps in each layer, at a budget.
+    """
+    kind, _, more = method.partition("-")
+    changes: dict[str, Any] = {"read": {"read_dropped": True}, "length": {"score_norm": "length"}, "": {}}[more]
+    if kind in ("topk", "random"):
+        model = bench.student(keep_rates=rates(target), **changes)
+        pruner = RandomDrop(model.config.layer_keep_rates) if kind == "random" else None
+        return bench.train(model, "topk", pruner, epochs=bench.epochs), pruner
+    model = bench.student(**changes)
+    if kind == "manual":
+        set_thresholds(bench, model, threshold_ladder(0.01, len(model.layers)), target)
+        return bench.train(model, "manual", target_flops=target, epochs=bench.epochs), None
+    return learned(bench, model, target, 0 if kind == "fixed" else soft_epochs, learn=kind == "ltp"), None
+
+
+def learned(bench: Bench, model: Model, target: float, soft_epochs: float, learn: bool = True) -> Model:
+    """LTP, from a dense model. With 0 epochs of `soft`, its starting thresholds stay as they are.
+
+    learn: whether `soft` learns the thresholds; it learns the weights in any case.
+    """
     set_thresholds(bench, model, starting_thresholds(len(model.layers), target), target)
     if soft_epochs:
-        soft = usual_settings("soft", target, model.config)
-        bench.train(model, "soft", target_flops=target, **(soft | {"epochs": soft_epochs}))
+        soft = usual_settings("soft", target, model.config) | {"epochs": soft_epochs}
+        bench.train(model, "soft", target_flops=target, **(soft if learn else soft | {"threshold_learning_rate": 0.0}))
     return bench.train(model, "hard", target_flops=target, epochs=bench.epochs - soft_epochs)
-
-
-def manual(bench: Bench, target: float) -> Model:
-    """Fixed thresholds that grow as l / L."""
-    model = bench.student()
-    set_thresholds(bench, model, threshold_ladder(0.01, len(model.layers)), target)
-    return bench.train(model, "manual", target_flops=target, epochs=bench.epochs)
 
 
 def set_thresholds(bench: Bench, model: Model, thresholds: Tensor, target: float) -> None:
     """Gives the model thresholds, scaled to the target."""
     model.thresholds.data.copy_(thresholds)
     scale_thresholds(model, bench.train_set, target, process=bench.process)
-
-
-def by_rates(bench: Bench, rates: list[float], pruner: Pruner | None = None) -> Model:
-    """Top-k with a rate a layer."""
-    return bench.train(bench.student(keep_rates=rates), "topk", pruner, epochs=bench.epochs)
-
-
-def at_random(bench: Bench, rates: list[float]) -> tuple[Model, Pruner]:
-    """As many tokens as top-k keeps, but any of them."""
-    pruner = RandomDrop(rates)
-    return by_rates(bench, rates, pruner), pruner
 
 
 def shallow(bench: Bench, names: str) -> Model:
@@ -168,30 +182,12 @@ def shallow(bench: Bench, names: str) -> Model:
 def cells(
     bench: Bench, methods: list[str], budgets: list[float], soft_epochs: list[float], layers: list[str], rates: Callable
 ) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Model, Pruner | None]]]]:
-    """What names each cell, and the function that trains it. Train a cell before the next one is asked for.
-
-    rates: gives the rates of LTP at a budget.
-    """
-    for target in budgets:
-        if "ltp" in methods:
-            for count in soft_epochs:
-                name = {"method": "ltp", "target": target, "soft_epochs": count}
-                yield name, lambda: (learned(bench, bench.student(), target, count), None)
-        if "ltp-read" in methods:
-            name = {"method": "ltp-read", "target": target}
-            yield name, lambda: (learned(bench, bench.student(read_dropped=True), target, soft_epochs[0]), None)
-        if "ltp-length" in methods:
-            name = {"method": "ltp-length", "target": target}
-            yield name, lambda: (learned(bench, bench.student(score_norm="length"), target, soft_epochs[0]), None)
-        if "fixed" in methods:
-            name = {"method": "fixed", "target": target}
-            yield name, lambda: (learned(bench, bench.student(), target, 0), None)
-        if "manual" in methods:
-            yield {"method": "manual", "target": target}, lambda: (manual(bench, target), None)
-        if "topk" in methods:
-            yield {"method": "topk", "target": target}, lambda: (by_rates(bench, rates(target)), None)
-        if "random" in methods:
-            yield {"method": "random", "target": target}, lambda: at_random(bench, rates(target))
+    """What names each cell, and the function that trains it. Train a cell before the next one is asked for."""
+    whole = [name for name in METHODS if name in methods and name not in ("shallow", "shallow-ltp", "longer")]
+    for target, method in itertools.product(budgets, whole):
+        for count in soft_epochs if method == "ltp" else soft_epochs[:1]:
+            name = {"method": method, "target": target} | ({"soft_epochs": count} if method == "ltp" else {})
+            yield name, lambda: pruned(bench, method, target, count, rates)
     if "shallow" in methods:
         for names in layers:
             name, model = {"method": "shallow", "layers": names}, shallow(bench, names)
@@ -283,7 +279,7 @@ def find_source(task: str | None, data: Path) -> Source:
 @click.option("--dense-epochs", default=3.0, show_default=True, help="Of the dense model, where all methods start.")
 @click.option("--epochs", default=4.0, show_default=True, help="Of every method, after those.")
 @click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
-@click.option("--method", "methods", multiple=True, default=["ltp", "fixed", "manual", "topk", "random", "longer"])
+@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=TRAINED, show_default=True)
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
 @click.option("--layers", default=SHALLOW, multiple=True, show_default=True, help="Those of a shallower model.")
 @click.option("--keep-models", is_flag=True, help="Write each model, to measure its speed.")
@@ -305,6 +301,7 @@ def train(**options: Any) -> None:
         layers = len(model.layers) / load_config(options["restore"]).num_hidden_layers  # of a shallower model
         record = name | {"epochs": bench.epochs, "lr": bench.settings.learning_rate} | bench.judge(model, pruner)
         record |= {key: layers * record[key] for key in ("relative_flops", "relative_bops")}
+        record |= {"device": process.device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = " ".join(f"{value:.4f}" for value in record["metrics"].values())
@@ -420,8 +417,9 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
 
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=SHOWN, show_default=True)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-def draw(output: Path, files: tuple[Path, ...]) -> None:
+def draw(output: Path, files: tuple[Path, ...], methods: tuple[str, ...]) -> None:
     """Draws the first metric against relative FLOPs, a panel a task: means over seeds, and small marks for each."""
     tasks: dict[str, list[dict[str, Any]]] = {}
     for file in files:
@@ -432,7 +430,7 @@ def draw(output: Path, files: tuple[Path, ...]) -> None:
         dense = [record for record in records if record["method"] == "dense"]
         mean = float(np.mean([record["metrics"][metric] for record in dense]))
         bottom = draw_dense(panel, dense[0] | {"metrics": {metric: mean}}, metric) * 0.75
-        for i, (method, title) in enumerate(TITLES.items()):
+        for i, method in enumerate(methods):
             points: dict[str, list[tuple[float, float]]] = {}  # of each cell, all seeds
             for record in records:
                 if record["method"] == method:
@@ -440,7 +438,7 @@ def draw(output: Path, files: tuple[Path, ...]) -> None:
                     points.setdefault(record["name"], []).append(point)
             if points:
                 style, means = line_style(i), sorted(tuple(np.mean(seeds, 0)) for seeds in points.values())
-                panel.plot(*zip(*means), label=title, **style)
+                panel.plot(*zip(*means), label=METHODS[method], **style)
                 panel.plot(*zip(*itertools.chain(*points.values())), linestyle="", markersize=2.5, alpha=0.6, **style)
         panel.set_ylim(bottom=max(bottom, panel.get_ylim()[0]))  # the lines of what is far below lead out
         panel.set(title=task, xlabel="relative FLOPs (1: the dense model)", ylabel=metric, xlim=(0, 1.05))
