@@ -38,6 +38,7 @@ class Examples:
     details: Any = None  # what else the task needs to judge answers
     question_lengths: np.ndarray | None = None  # (N,) int64, see `model.Batch`; None: there are no questions
     teacher: Tensor | None = None  # (N, C) or (ΣT, C) float32, logits of the model to learn from
+    unlabelled: int = 0  # so many at the end have the teacher's answers as their targets
 
     def __post_init__(self) -> None:
         self.starts = self.lengths.cumsum() - self.lengths  # (N,) each example's first token
@@ -64,6 +65,24 @@ class Examples:
         token_ids, segment_ids = (torch.from_numpy(x[rows]).long() for x in (self.token_ids, self.segment_ids))
         questions = np.zeros_like(lengths) if self.question_lengths is None else self.question_lengths[indices]
         return Batch(token_ids, segment_ids, *map(torch.from_numpy, (positions, lengths, questions)))
+
+    def extended(self, more: Examples) -> Examples:
+        """These examples, then M more without labels, of which the teacher says what they are: its class, or score.
+
+        Of heads that answer once for an example. Both have the logits of the teacher.
+        """
+        logits = more.teacher.numpy()
+        answers = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
+        return Examples(
+            np.concatenate([self.token_ids, more.token_ids]),
+            np.concatenate([self.segment_ids, more.segment_ids]),
+            np.concatenate([self.lengths, more.lengths]),
+            targets=np.concatenate([self.targets, answers.astype(self.targets.dtype)]),
+            truncated=self.truncated + more.truncated,
+            left_out=self.left_out,
+            teacher=torch.cat([self.teacher, more.teacher]),
+            unlabelled=len(more),
+        )
 
     def select(self, indices: np.ndarray) -> Examples:
         """Some of the examples, to run and not to judge."""

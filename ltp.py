@@ -123,6 +123,7 @@ def train_stage(stage: str, options: dict[str, Any]) -> None:
             settings=settings,
             options=PruningOptions(**{f.name: options[f.name] for f in fields(PruningOptions) if f.name in options}),
             distill=find_model(options["distill"], "--distill") if options.get("distill") else None,
+            distill_data=options.get("distill_data"),
             **{name: options[name] for name in ("output", "overwrite", "resume", "tensorboard")},
         )
         process = start(options, settings.seed)
@@ -199,7 +200,7 @@ def sweep(**options: Any) -> None:
             grid=grid,
             distill=find_model(options["distill"], "--distill") if options["distill"] else None,
             **{name: options[name] for name in ("output", "epochs", "adapt_epochs", "batch_size")},
-            **{name: options[name] for name in ("max_seq_length", "read_dropped")},
+            **{name: options[name] for name in ("distill_data", "max_seq_length", "read_dropped")},
         )
         process = start(options)
         show, progress = (show, progress) if process.main else (quiet, quiet)

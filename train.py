@@ -159,9 +159,12 @@ def scale_thresholds(model: Model, examples: Examples, target: float, process: P
 
 @torch.inference_mode()
 def find_factor(model: Model, examples: Examples, target: float, process: Process) -> float | None:
-    """The factor of `scale_thresholds`, by bisection, dropping tokens as inference does. Changes the thresholds."""
+    """The factor of `scale_thresholds`, by bisection, dropping tokens as inference does. Changes the thresholds.
+
+    Examples without labels may be of another kind, and do not count.
+    """
     model.eval()
-    sample = np.random.default_rng(0).permutation(len(examples))[:SAMPLE]
+    sample = np.random.default_rng(0).permutation(len(examples) - examples.unlabelled)[:SAMPLE]
     sample = sample[np.argsort(examples.lengths[sample], kind="stable")]
     batches = [examples.batch(indices).to(process.device) for indices in token_batches(sample, examples.lengths, 64)]
     lengths = torch.cat([batch.lengths for batch in batches])

@@ -76,10 +76,17 @@ class Bench:
     epochs: float  # of every method, all its stages together
     dense: Path  # the fine-tuned model's folder
     process: Process
+    more_set: Examples | None = None  # the training set with texts without labels, for methods that end in -more
 
     def student(self, **changes: Any) -> Model:
         """The dense model, to be pruned. changes: of its configuration."""
         return load_model(self.dense, self.labels or ("score",), **changes).model.to(self.process.device)
+
+    def of(self, method: str) -> Bench:
+        """The bench of a method: with the texts without labels, if its name ends in -more."""
+        if method.endswith("-more") and self.more_set is None:
+            raise click.UsageError(f"--method {method}: goes with --distill-data")
+        return replace(self, train_set=self.more_set) if method.endswith("-more") else self
 
     def train(self, model: Model, stage: str, pruner: Pruner | None = None, **changes: Any) -> Model:
         """Trains a stage to its last step. pruner: in place of the stage's own. changes: of the settings."""
@@ -112,21 +119,26 @@ class Bench:
 # The methods. Each makes a model of the dense one, and the pruner that it needs if that is not the model's own
 
 
-METHODS = {  # their titles in the figure. Those that end in -read read the states of dropped tokens
+METHODS = {  # their titles in the figure. Those that end in -read or -more read the states of dropped tokens
     "ltp": "LTP",
     "ltp-read": "LTP, --read-dropped",
+    "ltp-more": "LTP, --read-dropped, --distill-data",
     "ltp-length": "LTP, --score-norm length",
     "frozen": "LTP, thresholds not learned",
     "frozen-read": "LTP, --read-dropped, thresholds not learned",
     "fixed": "LTP's start, not learned",
     "fixed-read": "LTP's start, --read-dropped",
+    "fixed-more": "LTP's start, --read-dropped, --distill-data",
     "manual": "manual, l / L",
     "topk": "top-k with LTP's shares",
     "topk-read": "top-k with LTP's shares, --read-dropped",
+    "topk-more": "top-k with LTP's shares, --read-dropped, --distill-data",
     "random": "random with LTP's shares",
     "shallow": "fewer layers",
+    "shallow-more": "fewer layers, --distill-data",
     "shallow-ltp": "fewer layers, with LTP",
     "longer": "dense, trained as long",
+    "longer-more": "dense, trained as long, --distill-data",
 }
 TRAINED = ("ltp", "ltp-read", "fixed", "manual", "topk", "random", "shallow", "longer")
 SHOWN = ("ltp", "ltp-read", "fixed", "manual", "topk", "random", "shallow")
@@ -139,8 +151,8 @@ def pruned(
 
     soft_epochs: of LTP. rates: gives the share of the tokens that LTP keeps in each layer, at a budget.
     """
-    kind, _, more = method.partition("-")
-    changes: dict[str, Any] = {"read": {"read_dropped": True}, "length": {"score_norm": "length"}, "": {}}[more]
+    kind, _, change = method.partition("-")
+    changes: dict[str, Any] = {"length": {"score_norm": "length"}, "": {}}.get(change, {"read_dropped": True})
     if kind in ("topk", "random"):
         model = bench.student(keep_rates=rates(target), **changes)
         pruner = RandomDrop(model.config.layer_keep_rates) if kind == "random" else None
@@ -183,24 +195,26 @@ def cells(
     bench: Bench, methods: list[str], budgets: list[float], soft_epochs: list[float], layers: list[str], rates: Callable
 ) -> Iterator[tuple[dict[str, Any], Callable[[], tuple[Model, Pruner | None]]]]:
     """What names each cell, and the function that trains it. Train a cell before the next one is asked for."""
-    whole = [name for name in METHODS if name in methods and name not in ("shallow", "shallow-ltp", "longer")]
-    for target, method in itertools.product(budgets, whole):
+    benches = {name: bench.of(name) for name in METHODS if name in methods}
+    of_all_layers = [name for name in benches if not name.startswith(("shallow", "longer"))]
+    for target, method in itertools.product(budgets, of_all_layers):
         for count in soft_epochs if method == "ltp" else soft_epochs[:1]:
             name = {"method": method, "target": target} | ({"soft_epochs": count} if method == "ltp" else {})
-            yield name, lambda: pruned(bench, method, target, count, rates)
-    if "shallow" in methods:
-        for names in layers:
-            name, model = {"method": "shallow", "layers": names}, shallow(bench, names)
-            yield name, lambda: (bench.train(model, "finetune", epochs=bench.epochs), None)
-    if "shallow-ltp" in methods:
-        for names, target, count in itertools.product(layers, budgets, soft_epochs):
-            model = shallow(bench, names)
-            of_rest = target * len(bench.student().layers) / len(model.layers)
-            if of_rest < 1:
-                name = {"method": "shallow-ltp", "layers": names, "target": target, "soft_epochs": count}
-                yield name, lambda: (learned(bench, model, of_rest, count), None)
-    if "longer" in methods:
-        yield {"method": "longer"}, lambda: (bench.train(bench.student(), "finetune", epochs=bench.epochs), None)
+            yield name, lambda: pruned(benches[method], method, target, count, rates)
+    for method, own in benches.items():
+        if method in ("shallow", "shallow-more"):
+            for names in layers:
+                name, model = {"method": method, "layers": names}, shallow(bench, names)
+                yield name, lambda: (own.train(model, "finetune", epochs=bench.epochs), None)
+        if method == "shallow-ltp":
+            for names, target, count in itertools.product(layers, budgets, soft_epochs):
+                model = shallow(bench, names)
+                of_rest = target * len(bench.student().layers) / len(model.layers)
+                if of_rest < 1:
+                    name = {"method": method, "layers": names, "target": target, "soft_epochs": count}
+                    yield name, lambda: (learned(bench, model, of_rest, count), None)
+        if method in ("longer", "longer-more"):
+            yield {"method": method}, lambda: (own.train(bench.student(), "finetune", epochs=bench.epochs), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,8 +258,16 @@ def prepare(source: Source, folder: Path, options: dict[str, Any], process: Proc
         save_model(folder, bench.train(model, "finetune"))
         for file, content in Tokenizer(restore).files.items():
             (folder / file).write_bytes(content)
-    logits = predict_logits(bench.student(), train_set, process, batch_size=32, pruner=Dense())[0]
-    train_set.teacher = torch.from_numpy(np.stack(logits))
+
+    def answers(examples: Examples) -> Tensor:
+        logits, _ = predict_logits(bench.student(), examples, process, batch_size=32, pruner=Dense())
+        return torch.from_numpy(np.stack(logits))
+
+    train_set.teacher = answers(train_set)
+    if options["distill_data"]:
+        more = source.task.load_unlabelled(options["distill_data"], Tokenizer(restore), limit)
+        more.teacher = answers(more)
+        bench.more_set = train_set.extended(more)
     return bench
 
 
@@ -280,6 +302,7 @@ def find_source(task: str | None, data: Path) -> Source:
 @click.option("--epochs", default=4.0, show_default=True, help="Of every method, after those.")
 @click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=TRAINED, show_default=True)
+@click.option("--distill-data", type=click.Path(path_type=Path), help="Texts without labels, for methods in -more.")
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
 @click.option("--layers", default=SHALLOW, multiple=True, show_default=True, help="Those of a shallower model.")
 @click.option("--keep-models", is_flag=True, help="Write each model, to measure its speed.")
@@ -382,7 +405,11 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
     speeds = json.loads(speed_file(files[0]).read_text()) if speed_file(files[0]).is_file() else {}
     seeds = [{record["name"]: record for record in read_records(file)} for file in files]
     cells = {name: [seed[name] for seed in seeds if name in seed] for seed in seeds for name in seed}
-    ltp = {records[0]["target"]: name for name, records in cells.items() if records[0]["method"] == "ltp"}
+    ltp = {  # at each budget: with half of its epochs in `soft`
+        first["target"]: name
+        for name, (first, *_) in cells.items()
+        if first["method"] == "ltp" and first["soft_epochs"] == first["epochs"] / 2
+    }
 
     def evaluate_answers(answers: np.ndarray, rows: Any = slice(None)) -> tuple[dict[str, float], float]:
         logits = answers[:, None] if source.task.regression else np.eye(int(train_set.targets.max()) + 1)[answers]

@@ -1,12 +1,14 @@
 """Makes the data sets of the README's tables that differ from the distributed ones.
 
 python benchmarks/sets.py sentences GLUE/SST-2 OUT      10,000 lines of SST-2, sentences rather than phrases
+python benchmarks/sets.py neighbours MRPC GLUE OUT      pairs of texts without labels, for --distill-data
 python benchmarks/sets.py halves GLUE/MRPC OUT          the shorter half to train, the longer ones to evaluate; also R8
 python benchmarks/sets.py names SQUAD OUT               SQuAD's contexts in lower case: which words are names?
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
@@ -17,6 +19,8 @@ import click
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support.files import write_text  # noqa: E402
+from tasks import find_task  # noqa: E402
+from tasks.base import Source  # noqa: E402
 from tasks.squad import read_squad  # noqa: E402
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -60,8 +64,37 @@ def sentences(source: Path, output: Path, count: int, seed: int) -> None:
             whole.append(line)
             covered.update(tuple(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
     random.Random(seed).shuffle(whole)
-    write_lines(output / "train.tsv", [header, *(whole + phrases)[:count]])
+    lines = whole + phrases
+    write_lines(output / "train.tsv", [header, *lines[:count]])
+    write_lines(output / "more.tsv", [header, *lines[count : 2 * count]])
     write_lines(output / "dev.tsv", [header, *read_lines(source / "dev.tsv")[1]])
+
+
+@main.command()
+@click.argument("task")
+@click.argument("source", type=FOLDER)
+@click.argument("output", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+def neighbours(task: str, source: Path, output: Path, seed: int) -> None:
+    """Makes as many pairs without labels as the training data of a task has, for --distill-data.
+
+    The two texts of a pair share words: each text is paired with its nearest one, by the cosine of TF-IDF vectors, that
+    is not its partner in the training data.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    kind = find_task(task)
+    rows = [row for row in Source(kind, source).rows("train")[""].rows if row.label is not None]
+    texts = [text for row in rows for text in (row.text, row.pair)]  # partners stand side by side
+    vectors = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+    generator, pairs = random.Random(seed), {}
+    for start in range(0, len(texts), 1024):
+        for i, likeness in enumerate((vectors[start : start + 1024] @ vectors.T).toarray(), start):
+            own = {texts[i], texts[i ^ 1]}
+            nearest = next(j for j in (-likeness).argsort(kind="stable").tolist() if texts[j] not in own)
+            pairs[frozenset((i, nearest))] = generator.sample((i, nearest), 2)
+    chosen = generator.sample(sorted(pairs.values()), min(len(rows), len(pairs)))
+    write_lines(output, [json.dumps({kind.text: texts[i], kind.pair: texts[j]}) for i, j in chosen])
 
 
 @main.command()

@@ -35,7 +35,13 @@ STATE_FILES = f"step-{9 * '[0-9]'}-{16 * '[0-9a-f]'}.pt"  # step-NUMBER-DIGEST.p
 PASSES = {"finetune": "none", "soft": "soft", "hard": "hard", "manual": "hard", "topk": "topk"}
 
 # What a run depends on beside its settings; the log holds a digest of each.
-CONTENT = {"data": "data", "restore": "a model", "tokenizer": "a tokenizer", "distill": "a teacher"}
+CONTENT = {
+    "data": "data",
+    "restore": "a model",
+    "tokenizer": "a tokenizer",
+    "distill": "a teacher",
+    "distill_data": "texts",
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder
@@ -130,17 +136,18 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
                 f"{log}: the run was started by another version, with {name} = {value}, which this version does not "
                 "have; pass --overwrite to start again, or choose another --output"
             )
-    places = ("data", "dev_data", "restore", "distill") if first.get("content") else ()  # compared by content
+    places = ("data", "dev_data", "restore", "distill", "distill_data") if first.get("content") else ()  # by content
     for name, value in header.items():
         new_and_off = name not in first and not value
         if name not in ("settings", "content", *places) and not new_and_off and value != first.get(name):
             raise other_setting(log, name, logged=first.get(name), current=value)
     for name, what in CONTENT.items() if places else ():  # a file may have moved, or be spelled otherwise
         if header["content"].get(name) != first["content"].get(name):
-            option = "restore" if name == "tokenizer" else name
-            start = f"with {what} of other content, --{option} {first[option]}"
+            place = "restore" if name == "tokenizer" else name
+            option = f"--{place.replace('_', '-')}"
+            start = f"with {what} of other content, {option} {first.get(place)}"
             if first["content"].get(name) is None:  # of the hub, or no teacher
-                start = f"without --{option}"
+                start = f"without {option}"
             raise InputError(
                 f"{log}: the run was started {start}; give it the same again, or pass --overwrite to start again"
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from runs.teacher import ask_teacher
 from support.checkpoint import folder_digest, load_config, load_model
 from support.devices import for_inference, for_training
 from support.errors import InputError
-from support.files import cached_name
+from support.files import cached_name, file_digest
 from support.process import Process
 from support.settings import PruningOptions, Settings, check_settings
 from tasks.base import Source, Task
 from tasks.evaluation import Evaluation, evaluate
+from tasks.readers import SUFFIXES, check_file
 from tasks.tokenizer import Tokenizer
 from train import BUDGET_MARGIN, PRUNE_MODES, Result, Trainer, scale_thresholds, train
 
@@ -50,6 +52,7 @@ class StageRequest:
     resume: bool = False
     tensorboard: Path | None = None  # a folder for event files
     distill: Path | None = None  # the teacher's model folder
+    distill_data: Path | None = None  # a file of texts without labels, to learn the teacher's answers to
 
 
 @dataclass
@@ -88,17 +91,7 @@ def run_stage(
         plan.notes.append(meet_target(request, model.to(process.device), train_set, process=process))
     if request.distill:
         show("asking the teacher ...")
-        train_set.teacher = ask_teacher(
-            request.distill,
-            request.source,
-            labels=labels,
-            student=plan.tokenizer,
-            max_length=plan.max_length,
-            process=process,
-            batch_size=request.settings.batch_size,
-            show=show,
-            progress=progress,
-        )
+        train_set = add_answers(train_set, request, plan, labels, process, show, progress)
     for note in plan.notes:
         show(f"note: {note}")
     show_counts(request.source.task, plan.max_length, train_set=train_set, dev_sets=dev_sets, show=show)
@@ -141,6 +134,8 @@ def make_plan(request: StageRequest) -> Plan:
         changed = replace(config, **changes)
         output = default_output(request.stage, restore, task=task, config=changed, settings=request.settings)
     check_output(output, request.overwrite, request.resume)
+    if request.distill_data:
+        check_distill_data(request)
     if request.tensorboard:
         find_tensorboard()  # before anything is read
     if output.resolve() in (restore.resolve(), (request.distill or restore).resolve()):
@@ -187,6 +182,15 @@ def check_head(request: StageRequest, config: Config) -> None:
         raise InputError(f"{option} is for classifiers; the head of {task.title} reads every token")
 
 
+def check_distill_data(request: StageRequest) -> None:
+    """Raises InputError for texts without labels that nobody answers, or that are no file of texts."""
+    if not request.distill:
+        raise InputError(f"--distill-data {request.distill_data}: goes with --distill, whose model answers its texts")
+    if request.source.task.head != "sequence":
+        raise InputError(f"--distill-data is for classifiers; {request.source.task.title} has an answer for each token")
+    check_file(request.distill_data, SUFFIXES)
+
+
 def choose_length(request: StageRequest, config: Config, notes: list[str]) -> int | None:
     """The max_seq_length that the stage sets; None keeps the checkpoint's.
 
@@ -214,6 +218,8 @@ def log_header(request: StageRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     source = request.source
     folders = {"restore": request.restore, "distill": request.distill}
     digests = {name: folder_digest(folder) for name, folder in folders.items() if folder}
+    if request.distill_data:
+        digests["distill_data"] = file_digest(request.distill_data)
     header = {
         "stage": request.stage,
         "task": source.task.name,
@@ -221,6 +227,7 @@ def log_header(request: StageRequest, tokenizer: Tokenizer) -> dict[str, Any]:
         "dev_data": str(source.dev_path) if source.dev_path else None,
         "restore": str(request.restore),
         "distill": str(request.distill) if request.distill else None,
+        "distill_data": str(request.distill_data) if request.distill_data else None,
         "content": {"data": source.digest(), "tokenizer": tokenizer.identity[:16]} | digests,
         **asdict(request.options),
     }
@@ -279,6 +286,36 @@ def load_examples(request: StageRequest, plan: Plan) -> tuple[Examples, dict[str
     return train_sets[""], dev_sets, labels
 
 
+def add_answers(
+    train_set: Examples,
+    request: StageRequest,
+    plan: Plan,
+    labels: tuple[str, ...],
+    process: Process,
+    show: Show,
+    progress: Progress,
+) -> Examples:
+    """The training set with the teacher's logits, and with the texts that have no labels. Raises: InputError."""
+    ask = partial(
+        ask_teacher,
+        request.distill,
+        request.source,
+        labels=labels,
+        student=plan.tokenizer,
+        max_length=plan.max_length,
+        process=process,
+        batch_size=request.settings.batch_size,
+        show=show,
+        progress=progress,
+    )
+    if request.distill_data is None:
+        train_set.teacher = ask()
+        return train_set
+    more = request.source.task.load_unlabelled(request.distill_data, plan.tokenizer, plan.max_length)
+    train_set.teacher, more.teacher = ask(), ask(unlabelled=request.distill_data)
+    return train_set.extended(more)
+
+
 def prepare_model(request: StageRequest, plan: Plan, labels: tuple[str, ...]) -> Model:
     """Loads the checkpoint with the stage's configuration and starting thresholds. Raises: InputError."""
     model, has_thresholds, notes = load_model(request.restore, labels or ("score",), new_head=True, **plan.changes)
@@ -320,6 +357,7 @@ def show_counts(task: Task, max_length: int, train_set: Examples, dev_sets: dict
     """Shows how many examples there are, how long they are, and how many were cut."""
     for name, examples in (("training", train_set), *((f"evaluation{suffix}", e) for suffix, e in dev_sets.items())):
         facts = [f"{len(examples):,} {name} examples, {examples.lengths.mean():.0f} tokens each on average"]
+        facts += [f"{examples.unlabelled:,} of them without labels"] if examples.unlabelled else []
         facts += [describe_cut(task, examples.truncated, max_length), describe_left_out(task, examples.left_out)]
         show("; ".join(fact for fact in facts if fact))
 

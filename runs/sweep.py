@@ -53,6 +53,7 @@ class SweepRequest:
     grid: dict[str, list[Any]]  # keys of AXES -> values
     output: Path
     distill: Path | None = None  # the teacher's model folder
+    distill_data: Path | None = None  # texts without labels for the teacher to answer
     epochs: float | None = None  # of soft training; None: the stage's usual number, as for all below
     adapt_epochs: float | None = None  # of the other stages
     batch_size: int | None = None
@@ -232,6 +233,7 @@ def cell_stages(cell: Cell, request: SweepRequest, config: Config) -> list[Stage
                 output=folder,
                 resume=folder.exists(),
                 distill=request.distill,
+                distill_data=request.distill_data,
             )
         )
         restore = folder
@@ -263,7 +265,8 @@ def stage_command(request: StageRequest, config: Config, process: Process) -> st
     """The command that runs a stage on its own. config: as for `cell_stages`."""
     source, settings, task = request.source, request.settings, request.source.task
     own = task.name == "custom"
-    paths = {"data": source.path, "dev-data": source.dev_path, "restore": request.restore, "distill": request.distill}
+    paths = {"data": source.path, "dev-data": source.dev_path, "restore": request.restore}
+    paths |= {"distill": request.distill, "distill-data": request.distill_data}
     paths |= {"text-column": task.text, "pair-column": task.pair, "label-column": task.label} if own else {}
     paths |= {"max-length": request.options.max_seq_length}
     words = [] if own else ["--task", task.name]

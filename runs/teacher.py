@@ -36,13 +36,15 @@ def ask_teacher(
     max_length: int,
     process: Process,
     batch_size: int,
+    unlabelled: Path | None = None,
     show: Callable[[str], Any] = lambda line: None,
     progress: Callable[..., Any] = lambda **state: None,
 ) -> Tensor:
     """The teacher's logits of the training examples, for `Examples.teacher`: (N, C), or (ΣT, C) with an answer a token.
 
-    The teacher reads the texts with its own tokenizer. The cache of `datasets` keeps the logits: a later
-    stage with the same teacher, tokens and conditions reads them there. show: called with what the user should know.
+    The teacher reads the texts with its own tokenizer. The cache of `datasets` keeps the logits: a later stage with the
+    same teacher, tokens and conditions reads them there.
+    unlabelled: a file of other texts, whose logits are asked for instead. show: called with what the user should know.
     progress: called with the batch that begins, `step` of `steps`.
     Raises: InputError, also for a teacher that answers for each token and whose tokens are not the student's.
     """
@@ -51,7 +53,10 @@ def ask_teacher(
     tokenizer, config = Tokenizer(folder), load_config(folder)
     check_teacher(folder, config, source, labels=labels, tokenizer=tokenizer, student=student)
     limit = length_limit(config, folder, max_length if source.task.head != "sequence" else None)
-    examples = source.load("train", tokenizer, limit, labels=labels)[0][""]
+    if unlabelled:
+        examples, kind = source.task.load_unlabelled(unlabelled, tokenizer, limit), "unlabelled"
+    else:
+        examples, kind = source.load("train", tokenizer, limit, labels=labels)[0][""], "training"
     teacher, _, notes = load_model(folder, labels or config.labels)
     for note in notes:
         show(f"note: --distill {folder}: {note}")
@@ -62,7 +67,7 @@ def ask_teacher(
             return load_file(path)["logits"]
         except (SafetensorError, KeyError) as error:
             raise InputError(f"{path}: the teacher's answers in the cache are damaged ({error}); remove it") from None
-    show(f"the teacher answers {len(examples):,} training examples")
+    show(f"the teacher answers {len(examples):,} {kind} examples")
     teacher = for_inference(teacher, process)
     batches, done = math.ceil(math.ceil(len(examples) / process.world) / batch_size), itertools.count()
     rows, _ = predict_logits(

@@ -161,6 +161,13 @@ distill_option = option(
     help="Also learn from the answers of this model, usually the fine-tuned one without pruning. The cache of "
     "`datasets` keeps the answers, as answers-*.safetensors.",
 )
+distill_data_option = option(
+    "--distill-data",
+    type=FILE,
+    metavar="FILE",
+    help="With --distill: also learn the teacher's answers to these texts, in files like those of --data. They need no "
+    "labels. An epoch is longer by them.",
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
@@ -323,7 +330,7 @@ def stage_options(stage: str) -> Any:
         section(
             "Training",
             *settings_options(stage, "epochs", "learning_rate", "batch_size"),
-            *(() if stage == "finetune" else (distill_option,)),
+            *(() if stage == "finetune" else (distill_option, distill_data_option)),
             *settings_options(stage, "distill_weight", "seed", "save_steps", "load_best"),
         ),
         output_section,
@@ -391,6 +398,7 @@ sweep_options = table(
             "--batch-size", "--bs", type=WHOLE, help=f"Examples per optimizer step.  [default: {Settings.batch_size}]"
         ),
         distill_option,
+        distill_data_option,
         option(
             "--read-dropped/--ignore-dropped",
             default=None,

@@ -126,6 +126,10 @@ class Task(ABC):
         it has none, those of this split, sorted. Raises: InputError.
         """
 
+    def load_unlabelled(self, path: Path, tokenizer: Tokenizer, max_length: int) -> Examples:
+        """Reads and tokenizes a file of texts without labels, which have no targets. Raises: InputError."""
+        raise NotImplementedError  # heads other than classifiers
+
     def choices(self, logits: Tensor, lengths: Tensor) -> Tensor:
         """The K choices that the losses compare, a row each: logits of B sequences with `lengths` (B,) -> (K, C)."""
         return logits

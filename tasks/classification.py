@@ -14,8 +14,9 @@ from torch import Tensor
 
 from data import CACHE_VERSION, Examples, cached_table, chunked, read_columns
 from support.errors import InputError
+from support.files import file_digest
 from tasks.base import Prepared, Reader, Record, Source, Task
-from tasks.readers import Row, hub_records, is_number, is_text, label_order, read_rows
+from tasks.readers import Row, file_kind, hub_records, is_number, is_text, label_order, read_rows
 from tasks.tokenizer import Encoded, Tokenizer, check_room
 
 if TYPE_CHECKING:
@@ -105,6 +106,14 @@ class Classification(Task):
             for suffix, table in tables.items()
         }
         return sets, labels
+
+    def load_unlabelled(self, path: Path, tokenizer: Tokenizer, max_length: int) -> Examples:
+        columns = (*self.columns(path)[:2], None)
+        key = f"texts {CACHE_VERSION} {file_kind(path)} {columns} {file_digest(path)} {max_length} {tokenizer.identity}"
+        rows = read_rows(path, columns)
+        table = _tokenize(rows, tokenizer, max_length, hashlib.sha256(key.encode()).hexdigest()[:32])
+        truncated = int(table.data.column("truncated").to_numpy().sum())
+        return Examples.from_table(table, targets=np.empty(0), truncated=truncated)
 
     def targets(self, examples: Examples, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(examples.targets[indices])

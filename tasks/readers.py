@@ -36,13 +36,14 @@ class Row(NamedTuple):
     line: int
     text: str
     pair: str | None
-    label: str | None  # None: a torn line, see `read_rows`
+    label: str | None  # "": none was asked for; None: a torn line, see `read_rows`
 
 
 def read_rows(path: Path, columns: Sequence[Any], torn: bool = False) -> Iterator[Row]:
     """Yields text, pair and label of each row of a TSV, CSV, JSONL or Parquet file.
 
-    columns: names of the text, pair and label columns (pair may be None), or, for a TSV without header, numbers from 0.
+    columns: names of the text, pair and label columns (the last two may be None), or, for a TSV without header, numbers
+        from 0.
     torn: a TSV line with too few columns becomes a row without a label. GLUE's own files have some: a line break in a
         text tears a record in two.
     Raises: InputError naming file and line for a file that is missing, empty, damaged, not UTF-8 or without a column,
@@ -62,7 +63,7 @@ def read_rows(path: Path, columns: Sequence[Any], torn: bool = False) -> Iterato
         empty = False
         where = f"{path}, line {line}"
         texts = [None if name is None else read_text(record.get(name), name, where) for name in columns[:2]]
-        yield Row(line, *texts, read_label(record.get(columns[2]), columns[2], where))
+        yield Row(line, *texts, read_label(record.get(columns[2]), columns[2], where) if columns[2] is not None else "")
     if empty:
         raise InputError(f"{path}: holds no examples")
 

@@ -30,12 +30,13 @@ def stage(
     options: PruningOptions = PruningOptions(),
     show: Callable[[str], Any] = lambda line: None,
     distill: Path | None = None,
+    distill_data: Path | None = None,
     **settings: Any,
 ) -> Result:
     """Runs a short stage, from the same random state each time."""
     settings = Settings(**{"learning_rate": 1e-3, "epochs": 1.0, "batch_size": 16, "load_best": False} | settings)
     torch.manual_seed(settings.seed)
-    request = StageRequest(name, restore, source, settings, options, output, distill=distill)
+    request = StageRequest(name, restore, source, settings, options, output, distill=distill, distill_data=distill_data)
     folder, result = run_stage(request, show=show)
     assert folder == output
     return result

@@ -88,10 +88,13 @@ def test_the_authors_pipeline(runs, demo):
 
 def test_a_target_brings_its_defaults_and_what_is_given_stands(runs, demo, tmp_path):
     options = ("--data", demo / "data", "--bs", 16, "--epochs", 0.2, "--target-flops", 0.6, "--temperature", "3e-3")
-    teacher = ("--distill", runs / "finetune")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "bright"}\n')
+    teacher = ("--distill", runs / "finetune", "--distill-data", texts)
     told = run("soft", *options, *teacher, "--restore", runs / "finetune", "--output", tmp_path / "soft").output
     following = next(line for line in told.splitlines() if line.startswith("Next: "))
-    assert f"--target-flops 0.6 --distill {runs / 'finetune'} --restore {tmp_path / 'soft'}" in following
+    assert f"--distill {runs / 'finetune'} --distill-data {texts} --restore {tmp_path / 'soft'}" in following
+    assert "--target-flops 0.6" in following
     start = json.loads((tmp_path / "soft" / "log.jsonl").read_text().splitlines()[0])
     expected = soft_target(128) | {"temperature": 3e-3}
     assert {name: start["settings"][name] for name in expected} == expected and expected["mask_attention"] is True

@@ -106,7 +106,7 @@ def next_command(stage: str, folder: Path, options: dict[str, Any]) -> str:
     following = {"finetune": "soft", "soft": "hard"}.get(stage, "eval")
     names = ["task", "data", "dev_data", "text_column", "pair_column", "label_column", "regression", "tagging"]
     words = ["python", "ltp.py", following]
-    for name in names + (["target_flops", "distill"] if following == "hard" else []):
+    for name in names + (["target_flops", "distill", "distill_data"] if following == "hard" else []):
         if options[name]:
             words += [f"--{hyphens(name)}"] + ([] if options[name] is True else [str(options[name])])
     if following == "soft":

@@ -22,7 +22,7 @@ from support.checkpoint import load_model
 from support.errors import InputError
 from support.settings import Settings
 
-START = ("event", "stage", "task", "data", "dev_data", "restore", "distill", "content")
+START = ("event", "stage", "task", "data", "dev_data", "restore", "distill", "distill_data", "content")
 START += (
     "final_token_threshold",
     "token_keep_rate",

@@ -117,7 +117,9 @@ def refused(*words) -> str:
 
 
 def test_a_sweep_trains_its_cells_as_their_commands_do_and_none_twice(demo, dense, tmp_path):
-    command = ["sweep", "--restore", dense, "--data", demo / "data", "--distill", dense]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "about food : it was bright ."}\n' * 20)
+    command = ["sweep", "--restore", dense, "--data", demo / "data", "--distill", dense, "--distill-data", texts]
     command += ["--epochs", 1, "--adapt-epochs", 1]
     command += ["--target-flops", 0.7, "--batch-size", 16, "--lr", 1e-3, "--output", tmp_path / "out"]
     first = run(*command, "--method", "ltp", "--no-speed")

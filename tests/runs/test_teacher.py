@@ -1,5 +1,6 @@
 """The teacher of --distill: its answers, when it is asked, and which teachers are refused."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -7,16 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from stages import stage
+from stages import read_records, stage
 
 import runs.teacher
+from data import Examples
 from model import Dense
+from runs.stage import StageRequest, run_stage
 from runs.teacher import ask_teacher
 from support.checkpoint import load_config, load_model, save_model
 from support.errors import InputError
 from support.process import Process
-from support.settings import PruningOptions
+from support.settings import PruningOptions, Settings
 from tasks.tokenizer import Tokenizer
+from train import find_factor
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +101,92 @@ def test_with_the_teacher_alone_the_labels_do_not_matter(source, finetuned, tmp_
         stage(own, "manual", finetuned, run, distill=finetuned, distill_weight=1.0, epochs=0.5)
         weights[labels] = load_model(run).model.head.output.weight
     assert torch.equal(weights["right"], weights["wrong"])
+
+
+def write_texts(path, count):
+    """A file of texts without labels, each of another number of words."""
+    path.write_text("".join(json.dumps({"text": "food " * (i + 1)}) + "\n" for i in range(count)))
+    return path
+
+
+def test_texts_without_labels_are_learned_as_the_teacher_answers_them(source, finetuned, tmp_path):
+    texts = write_texts(tmp_path / "more.jsonl", 10)
+    labels = load_config(finetuned).labels
+    train_set = source.load("train", Tokenizer(finetuned), 128, labels)[0][""]
+    train_set.teacher = ask(source, finetuned)
+    more = source.task.load_unlabelled(texts, Tokenizer(finetuned), 128)
+    more.teacher = ask(source, finetuned, unlabelled=texts)
+    model = load_model(finetuned).model
+    with torch.inference_mode():
+        answer = model(more.batch([9]), Dense()).logits
+    torch.testing.assert_close(more.teacher[9:], answer, atol=1e-5, rtol=1e-5)
+    both = train_set.extended(more)
+    assert (len(both), both.unlabelled) == (160, 10)
+    assert both.targets[:150].tolist() == train_set.targets.tolist() and both.targets[159] == answer.argmax()
+    assert both.batch([159]).token_ids.tolist() == more.batch([9]).token_ids.tolist()
+    assert torch.equal(both.teacher, torch.cat([train_set.teacher, more.teacher]))
+    # They do not count where thresholds are scaled: those of the training data alone are scaled alike.
+    model.thresholds.data.fill_(0.01)
+    first = find_factor(model, train_set, 0.6, Process())
+    model.thresholds.data.fill_(0.01)
+    assert find_factor(model, both, 0.6, Process()) == first
+    # A stage takes them, and an epoch is longer by them.
+    shown = []
+    run = tmp_path / "run"
+    result = stage(
+        source, "hard", soft_of(finetuned, tmp_path), run, show=shown.append, distill=finetuned, distill_data=texts
+    )
+    assert result.steps == 10 and any(
+        "160 training examples" in line and "10 of them without" in line for line in shown
+    )
+    assert read_records(run)[0]["distill_data"] == str(texts)
+
+
+def soft_of(finetuned, folder):
+    """The model with thresholds, as `soft` leaves it."""
+    model = load_model(finetuned, prune_mode="absolute_threshold").model
+    model.thresholds.data.fill_(0.01)
+    save_model(shutil.copytree(finetuned, folder / "soft"), model)
+    return folder / "soft"
+
+
+def test_a_score_is_the_teachers_first_output():
+    def examples(targets, teacher):
+        flat = np.zeros(2, np.int32)
+        return Examples(flat, flat.astype(np.int8), np.ones(2, np.int64), targets, teacher=teacher)
+
+    scored = examples(np.array([1.0, 2.0], np.float32), torch.zeros(2, 1))
+    both = scored.extended(examples(np.empty(0), torch.tensor([[0.25], [4.5]])))
+    assert both.targets.tolist() == [1.0, 2.0, 0.25, 4.5] and both.targets.dtype == np.float32
+
+
+def test_texts_without_labels_that_nobody_can_answer_are_refused(source, finetuned, tags, tmp_path):
+    texts = write_texts(tmp_path / "more.jsonl", 3)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"sentence": "food"}\n')
+    run = tmp_path / "run"
+    for message, changes in (
+        ("goes with --distill", {"distill": None}),
+        ("none.jsonl: no such file", {"distill_data": tmp_path / "none.jsonl"}),
+        ("no column 'text' but 'sentence'", {"distill_data": other}),
+    ):
+        with pytest.raises(InputError, match=message):
+            stage(source, "manual", finetuned, run, **{"distill": finetuned, "distill_data": texts} | changes)
+    with pytest.raises(InputError, match="--distill-data is for classifiers"):
+        stage(tags.source, "manual", tags.folder, run, distill=tags.folder, distill_data=texts)
+    assert not run.exists()
+
+
+def test_a_run_goes_on_with_the_same_texts_alone(source, finetuned, tmp_path):
+    texts, run = write_texts(tmp_path / "more.jsonl", 3), tmp_path / "run"
+    stage(source, "manual", finetuned, run, distill=finetuned, distill_data=texts, epochs=0.1)
+    settings = Settings(**read_records(run)[0]["settings"])
+    request = StageRequest(
+        "manual", finetuned, source, settings, output=run, resume=True, distill=finetuned, distill_data=texts
+    )
+    assert run_stage(request)[0] == run
+    with pytest.raises(InputError, match="started with texts of other content, --distill-data"):
+        run_stage(replace(request, distill_data=write_texts(tmp_path / "others.jsonl", 4)))
 
 
 def test_teachers_of_another_kind_are_refused(source, finetuned, questions, tags, tmp_path):
