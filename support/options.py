@@ -266,7 +266,8 @@ STAGE_HELP = {
 
     \b
     Writes checkpoints/base/TASK/absolute_threshold/rate_θ/temperature_τ/
-           lambda_λ/lr_LR (with a target, flops_TARGET in place of lambda_λ)
+           lambda_λ/lr_LR (with a target temperature_τ/flops_TARGET/lr_LR;
+           read_dropped before flops_TARGET where dropped tokens are read)
     """,
     "hard": """Drop tokens, and adapt the weights (second stage of LTP).
 
