@@ -119,7 +119,7 @@ class Bench:
 # The methods. Each makes a model of the dense one, and the pruner that it needs if that is not the model's own
 
 
-METHODS = {  # their titles in the figure. Those that end in -read or -more read the states of dropped tokens
+METHODS = {  # their titles in the figure. Those in -read and -more that prune read the states of dropped tokens
     "ltp": "LTP",
     "ltp-read": "LTP, --read-dropped",
     "ltp-more": "LTP, --read-dropped, --distill-data",
@@ -302,7 +302,7 @@ def find_source(task: str | None, data: Path) -> Source:
 @click.option("--epochs", default=4.0, show_default=True, help="Of every method, after those.")
 @click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=TRAINED, show_default=True)
-@click.option("--distill-data", type=click.Path(path_type=Path), help="Texts without labels, for methods in -more.")
+@click.option("--distill-data", type=click.Path(exists=True, path_type=Path), help="Texts without labels, for -more.")
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
 @click.option("--layers", default=SHALLOW, multiple=True, show_default=True, help="Those of a shallower model.")
 @click.option("--keep-models", is_flag=True, help="Write each model, to measure its speed.")
