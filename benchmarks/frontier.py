@@ -371,13 +371,20 @@ def speed_file(records: Path) -> Path:
     return records.with_name(f"{records.stem}-speed.json")
 
 
+def read_speeds(records: Path) -> dict[str, dict[str, float]]:
+    return json.loads(speed_file(records).read_text()) if speed_file(records).is_file() else {}
+
+
 @main.command()
 @data_options
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--examples", default=128, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 def speed(task: str | None, data: Path, restore: Path, held_out: bool, file: Path, examples: int, repeats: int) -> None:
-    """Times the models of one seed in turn, and writes how much faster than the dense one they are."""
+    """Times the kept models of one seed in turn, and writes how much faster than the dense one they are.
+
+    The figures of models that are no longer kept stay.
+    """
     process = start_process(precision="fp32", threads=None, seed=0)
     dev_set = load_sets(find_source(task, data), restore, held_out)[2][""]
     dev_set = dev_set.select(np.sort(np.random.default_rng(0).permutation(len(dev_set))[:examples]))
@@ -385,13 +392,13 @@ def speed(task: str | None, data: Path, restore: Path, held_out: bool, file: Pat
     for folder in sorted((file.parent / "models" / file.stem).iterdir(), key=lambda path: path.name != "dense"):
         model = for_inference(load_model(folder).model, process)
         contenders.append(Contender(folder.name, model, UnscoredLastLayer(model), model.pruner()))
-    speeds: dict[str, dict[int, float]] = {contender.name: {} for contender in contenders}
+    speeds: dict[str, dict[str, float]] = {contender.name: {} for contender in contenders}
     for batch_size in (32, 1):
         batches = sorted_batches(dev_set, batch_size)
         for row in measure_rows(contenders, batches, process, repeats):
-            speeds[row.model][batch_size] = round(row.speedup, 3)
+            speeds[row.model][str(batch_size)] = round(row.speedup, 3)
             click.echo(f"{row.model} {batch_size}: {row.speedup:.2f}")
-    write_json(speed_file(file), speeds)
+    write_json(speed_file(file), read_speeds(file) | speeds)
 
 
 @main.command()
@@ -402,7 +409,7 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
     source = find_source(task, data)
     _, train_set, dev_sets, _ = load_sets(source, restore, held_out)
     targets = dev_sets[""].targets
-    speeds = json.loads(speed_file(files[0]).read_text()) if speed_file(files[0]).is_file() else {}
+    speeds = read_speeds(files[0])
     seeds = [{record["name"]: record for record in read_records(file)} for file in files]
     cells = {name: [seed[name] for seed in seeds if name in seed] for seed in seeds for name in seed}
     ltp = {  # at each budget: with half of its epochs in `soft`
