@@ -8,14 +8,15 @@ python benchmarks/frontier.py draw --output frontier.png frontier/*-??.jsonl
 Each seed fine-tunes a dense model first. It is where every method starts, and the teacher of all. The records of a task
 and a seed are the lines of OUTPUT/TASK-SEED.jsonl, with the answers to the evaluation examples. The same command again
 trains what the file does not hold yet. `speed` times the models of one seed, if `train --keep-models` wrote them.
-`compare` takes means over the seeds that hold a cell, intervals of differences over those that hold both, and the
-first file's speeds. `draw` draws them.
+`compare` takes means over the seeds that hold a cell, intervals of differences over those that hold both (from `dense`
+and `ltp`, or from others with --against), and the first file's speeds. `draw` draws them.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -328,7 +329,7 @@ def train(**options: Any) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = " ".join(f"{value:.4f}" for value in record["metrics"].values())
-        click.echo(f"{title} {name}: {shown} at {record['relative_flops']:.3f}")
+        click.echo(f"{title} {name['name']}: {shown} at {record['relative_flops']:.3f}")
 
     def rates(target: float) -> list[float]:
         """The share of the tokens that LTP keeps in each layer, in the last of its records at this target."""
@@ -401,21 +402,46 @@ def speed(task: str | None, data: Path, restore: Path, held_out: bool, file: Pat
     write_json(speed_file(file), read_speeds(file) | speeds)
 
 
+def seed_of(records: Path) -> int:
+    return int(re.findall(r"\d+", records.stem)[-1])
+
+
+def ranges(numbers: list[int]) -> str:
+    """Numbers in order, with runs of three and more as their ends: 3, 5-7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def budget(records: list[dict[str, Any]]) -> float:
+    """The target of a cell, or what it costs: a shallower model the share of its layers, a dense one 1."""
+    return records[0].get("target", round(float(np.mean([record["relative_flops"] for record in records])), 2))
+
+
 @main.command()
 @data_options
+@click.option(
+    "--against", multiple=True, type=click.Choice(["dense", *METHODS]), default=["dense", "ltp"], show_default=True
+)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: tuple[Path, ...]) -> None:
-    """Prints each cell's mean over seeds, and how far it is from dense and from LTP at its budget."""
+def compare(
+    task: str | None, data: Path, restore: Path, held_out: bool, files: tuple[Path, ...], against: tuple[str, ...]
+) -> None:
+    """Prints each cell's mean over seeds, and how far it is from other methods at its budget."""
     source = find_source(task, data)
     _, train_set, dev_sets, _ = load_sets(source, restore, held_out)
     targets = dev_sets[""].targets
     speeds = read_speeds(files[0])
-    seeds = [{record["name"]: record for record in read_records(file)} for file in files]
-    cells = {name: [seed[name] for seed in seeds if name in seed] for seed in seeds for name in seed}
-    ltp = {  # at each budget: with half of its epochs in `soft`
-        first["target"]: name
-        for name, (first, *_) in cells.items()
-        if first["method"] == "ltp" and first["soft_epochs"] == first["epochs"] / 2
+    seeds = {seed_of(file): {record["name"]: record for record in read_records(file)} for file in files}
+    cells = {name: [seed[name] for seed in seeds.values() if name in seed] for seed in seeds.values() for name in seed}
+    rivals = {  # by method and budget; of LTP, with half of its epochs in `soft`
+        (records[0]["method"], budget(records)): name
+        for name, records in cells.items()
+        if records[0].get("soft_epochs") in (None, records[0]["epochs"] / 2)
     }
 
     def evaluate_answers(answers: np.ndarray, rows: Any = slice(None)) -> tuple[dict[str, float], float]:
@@ -425,28 +451,30 @@ def compare(task: str | None, data: Path, restore: Path, held_out: bool, files: 
     def score(answers: np.ndarray, rows: np.ndarray) -> float:
         return 100 * evaluate_answers(answers, rows)[1]
 
-    def difference(first: str, second: str) -> str:
-        if first == second:
+    def difference(name: str, method: str) -> str:
+        """From the method at the same budget, or the dense one; over the seeds that hold both."""
+        rival = rivals.get((method, budget(cells[name])), rivals.get((method, 1.0)))
+        shared = [seed for seed in seeds.values() if name in seed and rival in seed]
+        if rival == name or not shared:
             return ""
-        shared = [seed for seed in seeds if first in seed and second in seed]
-        both = ([np.array(seed[name]["answers"]) for seed in shared] for name in (first, second))
+        both = ([np.array(seed[cell]["answers"]) for seed in shared] for cell in (name, rival))
         mean, low, high = paired_difference(score, *both, samples=500)
         return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
-    click.echo(f"{source.task.title}, {len(targets):,} examples\n")
-    shown = ", ".join(cells["dense"][0]["metrics"])
-    click.echo(f"| | seeds | {shown} | relative FLOPs | faster | less dense | less LTP |")
-    click.echo("|---|---|---|---|---|---|---|")
-    metrics = evaluate_answers(floor(source, train_set, dev_sets[""], restore))[0]
-    click.echo(f"| floor | | {' / '.join(f'{100 * value:.1f}' for value in metrics.values())} | | | | |")
-    for name, records in cells.items():
-        metrics = " / ".join(f"{100 * np.mean([r['metrics'][m] for r in records]):.1f}" for m in records[0]["metrics"])
-        flops = np.mean([record["relative_flops"] for record in records])
-        rival = ltp.get(records[0].get("target", round(flops, 2)))  # of a shallower model: at the share of its layers
-        faster = ", ".join(f"{value:.2f}x" for value in speeds.get(name, {}).values())
-        less = (difference(name, "dense"), difference(name, rival) if rival else "")
-        row = (name, str(len(records)), metrics, f"{flops:.3f}", faster, *less)
+    def show(*row: str) -> None:
         click.echo(f"| {' | '.join(row)} |")
+
+    click.echo(f"{source.task.title}, {len(targets):,} examples\n")
+    metrics = evaluate_answers(floor(source, train_set, dev_sets[""], restore))[0]
+    show("", "seeds", ", ".join(metrics), "relative FLOPs", "faster", *(f"less {method}" for method in against))
+    show(*["---"] * (5 + len(against)))
+    show("floor", "", " / ".join(f"{100 * value:.1f}" for value in metrics.values()), *[""] * (2 + len(against)))
+    for name, records in cells.items():
+        seeds_of = ranges([number for number, seed in seeds.items() if name in seed])
+        scores = " / ".join(f"{100 * np.mean([record['metrics'][key] for record in records]):.1f}" for key in metrics)
+        flops = np.mean([record["relative_flops"] for record in records])
+        faster = ", ".join(f"{value:.2f}x" for value in speeds.get(name, {}).values())
+        show(name, seeds_of, scores, f"{flops:.3f}", faster, *(difference(name, method) for method in against))
 
 
 @main.command()
