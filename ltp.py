@@ -103,6 +103,9 @@ def train_stage(stage: str, options: dict[str, Any]) -> None:
     """Runs a stage of training, and prints its best evaluation and the next command."""
     if options["overwrite"] and options["resume"]:
         raise click.UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
+    source_of = click.get_current_context().get_parameter_source
+    if source_of("distill_weight") not in (None, ParameterSource.DEFAULT) and not options["distill"]:
+        raise click.UsageError("--distill-weight goes with --distill, whose model gives the answers")
     if options.get("target_flops"):
         options |= target_defaults(stage, options)
     values = {field.name: options[field.name] for field in fields(Settings) if field.name in options}
@@ -281,6 +284,11 @@ def bench(**options: Any) -> None:
     """
     if bool(options["lengths"]) == bool(options["task"] or options["data"]):
         raise click.UsageError("pass --task or --data, or else --lengths")
+    of_texts = ("max_seq_length", "dev_data", "text_column", "pair_column", "label_column", "regression", "tagging")
+    for name in of_texts if options["lengths"] else ():
+        if options[name]:
+            flag = f"--{hyphens(name)}".replace("-seq", "")
+            raise click.UsageError(f"--lengths times random tokens, and {flag} is for texts; pass one of them")
     lengths = [int(part) if part.strip().isdecimal() else 0 for part in (options["lengths"] or "1").split(",")]
     if min(lengths) < 1:
         raise click.UsageError(f"--lengths {options['lengths']}: expected whole numbers of at least 1, with commas")
@@ -365,7 +373,7 @@ def plot(runs: tuple[Path, ...], output: Path, kind: str | None) -> None:
               a panel for each task
     kept      share of the tokens left after each layer  trainings, results,
                                                          answers (with spread)
-    lengths   tokens leaving the last layer that keeps   answers
+    lengths   tokens left after the last layer with      answers
               more than one, against tokens of the text
     frontier  score against relative FLOPs by method,    sweep folders, or
               a panel for each task                      their results.jsonl
@@ -401,7 +409,7 @@ def predict(text: str | None, **options: Any) -> None:
     python ltp.py predict --restore CKPT_of_SQuAD "Who wrote it?" \\
         --pair "It was written by Ada Berg in 1912."
 
-    A classifier's answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens leaving each layer]}.
+    A classifier's answer is {"label": …, "logits": […], "tokens": N, "kept": [tokens left after each layer]}.
 
     A tagger's answer is {"words", "labels", "tokens", "kept"}. The words of a TEXT are separated by blanks; {"words":
     […]} names them. Words that a cut text has lost get the label null.
@@ -417,6 +425,7 @@ def predict(text: str | None, **options: Any) -> None:
         raise click.UsageError("--pair goes with TEXT, and --output with --input")
     if file and str(file) == "-":
         file = Path("/dev/stdin")
+    output = None if str(options["output_file"]) == "-" else options["output_file"]
     if file and (not file.exists() or file.is_dir()):
         raise InputError(f"--input {file}: {'is a folder; name a file' if file.exists() else 'no such file'}")
     from support.checkpoint import find_model
@@ -440,7 +449,7 @@ def predict(text: str | None, **options: Any) -> None:
         raise InputError(f"--no-answer-threshold is for questions on texts, which {options['restore']} does not answer")
     if file:
         with screen() as (_, progress):
-            count = predict_file(predictor, file, options["output_file"], progress if process.main else quiet)
+            count = predict_file(predictor, file, output, progress if process.main else quiet)
         cut = sum(process.gather(predictor.reader.truncated))
     else:
         record = make_record(options["restore"], head, text, options["pair"])

@@ -337,7 +337,7 @@ def topk_rates(token_keep_rate: float, num_layers: int) -> list[float]:
     ]
 
 
-def topk_counts(original_lengths: Tensor, rate: float) -> Tensor:
+def topk_counts(original_lengths: Tensor, rate: float | Tensor) -> Tensor:
     """round(n · rate) tokens of each sequence, halves to even, at least one: (B,) -> (B,)."""
     return torch.round(original_lengths.double() * rate).long().clamp(min=1)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from model import Config
 from support.errors import InputError
 from support.files import cached_name, write_text
+from support.onnx_file import model_name
 from tasks import TASKS
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def card_metadata(name: str, config: Config, header: dict[str, Any], record: dic
 def summary(config: Config, header: dict[str, Any], record: dict[str, Any]) -> str:
     """What the model is, what it was trained on, and how good it is."""
     noun = "windows of texts" if config.head == "span" else "examples"
-    counts = f"{header['examples']:,} training and {record['examples']:,} evaluation {noun}"
+    unlabelled = header.get("unlabelled", 0)
+    counts = f"{header['examples'] - unlabelled:,} training and {record['examples']:,} evaluation {noun}"
+    counts += f"; {unlabelled:,} more texts without labels" if unlabelled else ""
     settings, names = header["settings"], SHOWN_SETTINGS
     if settings["target_flops"]:
         names += ("target_flops",)  # training finds λ
@@ -210,7 +213,7 @@ def check_card(folder: Path) -> None:
     """Raises InputError where there is no card of ours to add to."""
     path = folder / "README.md"
     if not path.is_file() or not is_ours(path):
-        raise InputError(f"--card: {path} is not a card that training wrote; there is nothing to add to")
+        raise InputError(f"--card: {model_name(folder)} has no README.md that training wrote; nothing to add to")
 
 
 def add_speed(folder: Path, result: dict[str, Any]) -> None:

@@ -53,6 +53,12 @@ def known_labels(task: Task, config: Config) -> tuple[str, ...] | None:
     return None if config.labels[0] == "LABEL_0" else config.labels
 
 
+def check_scores(folder: Path, config: Config, task: Task) -> None:
+    """Raises InputError for a model that gives a score, where the user's own data are to have classes."""
+    if task.labels is None and config.head == task.head == "sequence" and len(config.labels) == 1:
+        raise InputError(f"{model_name(folder)}: gives a score, and {task.title} would have classes; pass --regression")
+
+
 def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...]:
     """The labels on which a checkpoint and a task agree; () for regression. Raises: InputError if they do not agree."""
     labels = config.labels if task.labels is None else task.labels
@@ -65,11 +71,11 @@ def check_task(folder: Path, config: Config, task: Task) -> tuple[str, ...]:
         raise InputError(
             f"{model_name(folder)}: {descriptions[config.head]}, which is another kind of task than {task.title}"
         )
+    check_scores(folder, config, task)
     if max(1, len(labels)) != len(config.labels):
-        hint = " (scores need --regression)" if len(config.labels) == 1 and task.name == "custom" else ""
         raise InputError(
             f"{model_name(folder)}: has {plural(len(config.labels), 'output')}, but {task.title} needs "
-            f"{max(1, len(labels))}; evaluate the checkpoint of a run on this task{hint}"
+            f"{max(1, len(labels))}; evaluate the checkpoint of a run on this task"
         )
     return labels
 

@@ -31,6 +31,7 @@ RUN_FILES = ("config.json", "model.safetensors", "log.jsonl", *Tokenizer.FILES)
 LOG = "log.jsonl"
 STATES = "resume"  # subfolder with the states
 STATE_FILES = f"step-{9 * '[0-9]'}-{16 * '[0-9a-f]'}.pt"  # step-NUMBER-DIGEST.pt; another step-*.pt is not ours
+NEEDED = {"start": ("steps",), "evaluation": ("step",)}  # what a resumed run reads of a log's record, by its event
 # What the log calls the training pass of a stage.
 PASSES = {"finetune": "none", "soft": "soft", "hard": "hard", "manual": "hard", "topk": "topk"}
 
@@ -111,6 +112,21 @@ def read_log(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line + "\n", record
 
 
+def whole_log(log: Path) -> list[tuple[str, dict[str, Any]]]:
+    """All that `read_log` yields. Raises: InputError for a damaged log."""
+    try:
+        lines = list(read_log(log))
+    except ValueError:
+        raise damaged(log) from None
+    if not lines or any(name not in record for _, record in lines for name in NEEDED.get(record["event"], ())):
+        raise damaged(log)
+    return lines
+
+
+def damaged(log: Path) -> InputError:
+    return InputError(f"{log}: damaged; pass --overwrite to start again, or choose another --output")
+
+
 def finished(log: Path) -> dict[str, Any] | None:
     """The best record of a run that has come to its end; None for any other."""
     with contextlib.suppress(OSError, ValueError, KeyError):
@@ -129,7 +145,7 @@ def check_same_run(log: Path, header: dict[str, Any]) -> None:
     except FileNotFoundError:
         return
     except (ValueError, StopIteration):
-        raise InputError(f"{log}: damaged; remove it, or pass --overwrite, to start again") from None
+        raise damaged(log) from None
     for name, value in sorted(first.get("settings", {}).items()):
         if name not in header["settings"] and value:
             raise InputError(
@@ -282,6 +298,7 @@ class RunFolder:
             "pruning": PASSES[trainer.stage],
             "settings": asdict(trainer.settings),
             "examples": len(trainer.train_set),
+            "unlabelled": trainer.train_set.unlabelled,
             "precision": self.process.precision,
         }
         state = self.find_state() if resume else None
@@ -297,9 +314,20 @@ class RunFolder:
         return state
 
     def find_state(self) -> dict[str, Any] | None:
-        """The main process's latest state, on every process. Raises: InputError for another run's log."""
+        """The main process's latest state, on every process.
+
+        Raises: InputError for another run's log, and for a trained run that has lost its states.
+        """
         check_same_run(self.log, self.header)
-        state = load_state(self.folder / STATES, self.show) if self.process.main and self.log.exists() else None
+        state = None
+        if self.process.main and self.log.exists():
+            state = load_state(self.folder / STATES, self.show)
+            # A kill between the first checkpoint and its state leaves one evaluation, which may be run again.
+            if state is None and sum(record["event"] == "evaluation" for _, record in whole_log(self.log)) > 1:
+                raise InputError(
+                    f"{self.folder}: holds a trained checkpoint, and no whole state in {STATES}/ to go on from; pass "
+                    "--overwrite to start again, or choose another --output"
+                )
         state = self.process.broadcast(state)
         beginning = "no earlier run to go on with: starting from the beginning"
         self.show(f"resuming after step {state['step']}" if state else beginning)
@@ -314,7 +342,7 @@ class RunFolder:
         if self.process.main:
             lines = [
                 line
-                for line, record in read_log(self.log)
+                for line, record in whole_log(self.log)
                 if record["event"] == "start" or record["step"] < state["step"] + (not state["due"])
             ]
             write_text(self.log, "".join(lines))
@@ -375,8 +403,9 @@ class RunFolder:
                 self.board.add_scalar(name, value, step)
 
     def finish(self, result: Result) -> Result:
-        """Writes the log's last line and removes the states. Returns the result with the log's record as the best."""
+        """Writes the last line of the log, removes the states. Returns the result, whose best record is the log's."""
         if self.process.main:
             append(self.log, {"event": "end", "best": self.best})
             clear_states(self.folder)
+        self.process.broadcast(None)  # nobody reads the folder before it is whole
         return replace(result, best=self.best)

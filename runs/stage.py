@@ -19,8 +19,25 @@ import torch
 from data import Examples
 from model import Config, Dense, Model, threshold_ladder, topk_rates
 from runs.budget import protected_tokens, rate_for_budget, starting_thresholds
-from runs.checks import check_pruning, check_task, describe_cut, describe_left_out, known_labels, length_limit
-from runs.folder import LOG, RunFolder, check_output, check_same_run, clear_states, find_tensorboard, finished, read_log
+from runs.checks import (
+    check_pruning,
+    check_scores,
+    check_task,
+    describe_cut,
+    describe_left_out,
+    known_labels,
+    length_limit,
+)
+from runs.folder import (
+    LOG,
+    RunFolder,
+    check_output,
+    check_same_run,
+    clear_states,
+    find_tensorboard,
+    finished,
+    whole_log,
+)
 from runs.teacher import ask_teacher
 from support.checkpoint import folder_digest, load_config, load_model
 from support.devices import for_inference, for_training
@@ -127,6 +144,7 @@ def make_plan(request: StageRequest) -> Plan:
     length = choose_length(request, config, notes)
     max_length = length_limit(config, restore, length)
     changes |= {"head": task.head} | ({"max_seq_length": length} if length else {})
+    changes |= {} if task.head == "sequence" else {"read_dropped": False}  # of the classifier that this model was
     tokenizer = Tokenizer(restore)
     check_settings(request.settings)
     output = request.output
@@ -175,6 +193,8 @@ def check_head(request: StageRequest, config: Config) -> None:
     task = request.source.task
     if request.stage != "finetune" and config.head != task.head:
         raise InputError(f"{request.restore}: has no head for {task.title}; run `finetune` on it first")
+    if request.stage != "finetune":
+        check_scores(request.restore, config, task)
     if request.options.protect_question is not None and task.head != "span":
         raise InputError(f"--protect-question is for questions on texts, which {task.title} does not have")
     if request.options.read_dropped is not None and task.head != "sequence":
@@ -266,7 +286,7 @@ def finished_result(plan: Plan, settings: Settings, process: Process) -> Result 
     if process.main and (best := finished(log)):  # other machines may not have the folder
         check_same_run(log, plan.header | {"settings": asdict(settings), "precision": process.precision})
         clear_states(plan.folder)  # a kill right after the last line left them
-        _, first = next(read_log(log))
+        _, first = whole_log(log)[0]
         ending = best, first["steps"]
     ending = process.broadcast(ending)
     return Result(*ending, seconds_per_step=math.nan, mean_seconds_per_step=math.nan) if ending else None

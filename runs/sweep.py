@@ -120,9 +120,9 @@ def run_sweep(
         add_differences(rows, cells, answers, request.source.task.metric, sets[""].targets)
     if measure and process.world > 1:
         show("note: speed is measured in one process; the same command without torchrun measures it")
-    elif measure:
-        for cell in cells:
-            rows[cell.name]["speedup"] = speedups(rows[cell.name], measure, show)
+    for row in (rows[cell.name] for cell in cells):
+        if speed_file(row).is_file() or measure and process.world == 1:
+            row["speedup"] = speedups(row, measure, show)
     write_results(results, rows, process)
     return list(rows.values())
 
@@ -281,12 +281,16 @@ def stage_command(request: StageRequest, config: Config, process: Process) -> st
     return shlex.join(["python", "ltp.py", request.stage, *words, "--output", str(request.output)])
 
 
-def speedups(row: dict[str, Any], measure: Measure, show: Show) -> dict[str, float]:
+def speed_file(row: dict[str, Any]) -> Path:
+    return Path(row["folder"]) / "speed.json"
+
+
+def speedups(row: dict[str, Any], measure: Measure | None, show: Show) -> dict[str, float]:
     """The speed-up of a row's model by batch size, measured now, or read from speed.json beside the model.
 
     Raises: InputError for a damaged file.
     """
-    file = Path(row["folder"]) / "speed.json"
+    file = speed_file(row)
     if not file.is_file():
         show(f"measuring the speed of {row['name']} ...")
         write_json(file, measure(Path(row["folder"])))
@@ -311,6 +315,7 @@ def sweep_conditions(request: SweepRequest, process: Process) -> dict[str, Any]:
         "dev_data": source.dev_path and str(source.dev_path),
         "precision": process.precision,
         "read_dropped": request.read_dropped,
+        "max_seq_length": request.max_seq_length,
         "content": {"folder": folder_digest(request.restore), "data": source.digest()},
     }
 
@@ -322,7 +327,13 @@ def check_same_sweep(results: Path, begun: dict[str, Any], conditions: dict[str,
     """
     digests = begun.get("content", {})
     changed = [name for name in digests if digests[name] != conditions["content"][name]]
-    names = ("task", "precision", "read_dropped", *(() if digests else ("folder", "data", "dev_data")))
+    names = (
+        "task",
+        "precision",
+        "read_dropped",
+        "max_seq_length",
+        *(() if digests else ("folder", "data", "dev_data")),
+    )
     changed += [name for name in names if begun.get(name, conditions[name]) != conditions[name]]
     if changed:
         earlier, value = begun.get(changed[0]), conditions[changed[0]]

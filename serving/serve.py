@@ -112,10 +112,11 @@ class Model:
         offsets = [visible(context, *span) if owner == 1 else (0, 0) for owner, span in zip(owners, pair.offsets)]
         head = owners.index(1) if 1 in owners else len(owners)  # tokens before the context
         windows, spans, no_answer = self.make_windows(head, owners.count(1), len(owners)), [], math.inf
-        logits, kept = self.run([([pair.ids[i] for i in w], [pair.type_ids[i] for i in w]) for w in windows], head)
+        ids, type_ids, offsets = np.array(pair.ids), np.array(pair.type_ids), np.array(offsets)
+        logits, kept = self.run([(ids[w].tolist(), type_ids[w].tolist()) for w in windows], head)
         for window, row in zip(windows, logits.astype(np.float64)):
             scores = row[: len(window)]
-            spans += best_span(np.array(offsets)[window], scores, self.settings["max_answer_tokens"])
+            spans += best_span(offsets[window], scores, self.settings["max_answer_tokens"])
             no_answer = min(no_answer, float(scores[0].sum()))  # each window must do without an answer
         sums = {"tokens": sum(map(len, windows)), "kept": kept.sum(0).tolist()}
         return self.choose(context, spans, no_answer) | {"windows": len(windows)} | sums

@@ -170,5 +170,7 @@ def check_settings(settings: Settings) -> None:
         raise bad("distill_weight", "expected at most 1")
     if settings.seed > 2**31:
         raise bad("seed", f"expected at most {2**31}")
+    if settings.epochs > 1e6:
+        raise bad("epochs", "expected at most 1e6")
     if settings.warmup > 1:
         raise bad("warmup", "is a share of the steps, expected 0 to 1")

@@ -109,11 +109,13 @@ class Classification(Task):
 
     def load_unlabelled(self, path: Path, tokenizer: Tokenizer, max_length: int) -> Examples:
         columns = (*self.columns(path)[:2], None)
-        key = f"texts {CACHE_VERSION} {file_kind(path)} {columns} {file_digest(path)} {max_length} {tokenizer.identity}"
-        rows = read_rows(path, columns)
+        key = (CACHE_VERSION, file_kind(path), columns, file_digest(path), max_length, tokenizer.identity, self.torn)
+        key = f"texts {' '.join(map(str, key))}"
+        rows = read_rows(path, columns, torn=self.torn)
         table = _tokenize(rows, tokenizer, max_length, hashlib.sha256(key.encode()).hexdigest()[:32])
+        torn, table = table.data.column("label").null_count, _whole_lines(table)
         truncated = int(table.data.column("truncated").to_numpy().sum())
-        return Examples.from_table(table, targets=np.empty(0), truncated=truncated)
+        return Examples.from_table(table, targets=np.empty(0), truncated=truncated, left_out=torn)
 
     def targets(self, examples: Examples, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(examples.targets[indices])

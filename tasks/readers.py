@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.errors import InputError
+from support.errors import InputError, plural
 from support.files import is_utf8, open_text
 
 Records = Iterator[tuple[int, dict]]  # (line, record)
@@ -116,8 +116,11 @@ def read_tsv(path: Path, columns: Sequence[Any]) -> Records:
             if cells == [""]:
                 continue
             if header is None:
-                if any(isinstance(name, int) for name in columns):
+                if numbers := [name for name in columns if isinstance(name, int)]:
                     header = list(range(len(cells)))
+                    if max(numbers) >= len(cells):
+                        expected = f"expected a line without names, and a text in column {max(numbers) + 1}"
+                        raise InputError(f"{path}, line {number}: {plural(len(cells), 'column')}; {expected}")
                 else:
                     header = cells
                     _check_columns(path, columns, header)

@@ -85,6 +85,16 @@ def test_two_processes_train_like_one(demo, finetuned, tmp_path, stage):
         assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
 
 
+def test_two_processes_sweep(demo, finetuned, tmp_path):
+    """A stage reads the folder of the one before it, which the other process writes."""
+    data, out = ("--data", demo / "data", "--restore", finetuned), tmp_path / "sweep"
+    short = ("--epochs", 0.2, "--adapt-epochs", 2, "--lr", "1e-3", "--no-speed")
+    launch(2, "sweep", *data, *short, "--method", "ltp", "--target-flops", 0.5, "--output", out)
+    row = json.loads((out / "results.jsonl").read_text().splitlines()[1])
+    *_, last = (json.loads(line) for line in (Path(row["folder"]) / "log.jsonl").read_text().splitlines())
+    assert row["metrics"] == last["best"]["metrics"]
+
+
 def test_three_processes_evaluate_like_one(demo, finetuned, tmp_path):
     for processes in (1, 3):
         launch(

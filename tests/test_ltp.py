@@ -218,7 +218,8 @@ def test_predict_is_in_input_order_whatever_the_batch_size(runs, demo, tmp_path)
         assert one["logits"] == pytest.approx(many["logits"], abs=1e-5)
     single = json.loads(run("predict", "--restore", runs / "soft", rows[0]["text"]).stdout)
     assert single["logits"] == pytest.approx(answers[1][0]["logits"], abs=1e-5)
-    assert run("predict", "--restore", runs / "soft", "--input", source).stdout.count("\n") == 41
+    for output in ((), ("--output", "-")):
+        assert run("predict", "--restore", runs / "soft", "--input", source, *output).stdout.count("\n") == 41
 
 
 def test_golden_style_folder_without_tokenizer(tmp_path):
@@ -234,6 +235,10 @@ def test_golden_style_folder_without_tokenizer(tmp_path):
 
 def test_bad_input_is_one_line(runs, demo, tmp_path):
     data, model = ("--data", demo / "data"), ("--restore", demo / "model")
+    assert "--distill-weight goes with --distill" in refused("soft", *data, *model, "--distill-weight", 0.9)
+    assert "--max-length is for texts" in refused("bench", *model, "--lengths", 9, "--max-length", 5)
+    assert "--text-column is for texts" in refused("bench", *model, "--lengths", 9, "--text-column", "body")
+    assert "expected at most 1e6" in refused("finetune", *data, *model, "--epochs", "1e308")
     assert "no such model folder" in refused("finetune", *data, "--restore", tmp_path / "nowhere/deeper/x")
     (tmp_path / "empty").mkdir()
     assert "config.json: not found" in refused("eval", *data, "--restore", tmp_path / "empty")

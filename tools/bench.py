@@ -217,6 +217,8 @@ def bench_checkpoint(folder: Path, source: Source | None, options: BenchOptions,
     exported = [*folder.glob(GRAPH), *options.beside]
     if exported and process.device.type != "cpu":
         raise InputError(f"{exported[0].resolve()}: an exported model runs on the CPU; pass --device cpu")
+    if exported and process.precision != "fp32":
+        raise InputError(f"--precision {process.precision}: {exported[0].resolve()} computes as it was exported")
     model = for_inference(load_model(folder).model, process)
     contenders = find_contenders(folder, model, options.beside, has_texts=source is not None)
     if source is None:

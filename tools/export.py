@@ -94,7 +94,8 @@ class RankedTopK(TopK):
     """Top-k without a sort: ONNX has no stable one."""
 
     def decide(self, l: int, scores: Tensor | None, alive: Alive, seqs: Sequences) -> Decision:
-        counts = topk_counts(seqs.original_lengths, self.rates[l]).minimum(seqs.lengths)
+        rate = torch.tensor(self.rates[l], dtype=torch.float64)  # the exporter rounds a Python number to float32
+        counts = topk_counts(seqs.original_lengths, rate).minimum(seqs.lengths)
         if scores is None:
             return Decision(counts)
         counts = counts.maximum(seqs.sum(alive.protected))

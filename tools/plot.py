@@ -294,8 +294,7 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     if len(tasks) > 1:
         names = " and ".join("your own data" if task == "custom" else task for task in tasks)
         raise InputError(f"this kind of plot compares models on one task, not on {names}; plot each apart")
-    shared = [name for name in runs[0].best["metrics"] if all(name in run.best["metrics"] for run in runs)]
-    metric = shared[0] if shared else "score"
+    metric = shared_metric([run.best for run in runs])
     figure, (panel,) = new_figure()
     values = [run.best["metrics"].get(metric, run.best["score"]) for run in runs]
     reach_down(panel, max(values))
@@ -312,13 +311,19 @@ def plot_tradeoff(runs: list[Run]) -> Any:
     return figure
 
 
+def shared_metric(records: list[dict[str, Any]]) -> str:
+    """The first metric that all evaluations have, or else "score"."""
+    shared = [name for name in records[0]["metrics"] if all(name in record["metrics"] for record in records)]
+    return shared[0] if shared else "score"
+
+
 def relative_bops(record: dict[str, Any]) -> float:
     """Bit operations of an evaluation as a share of the dense float32 model's. Old records (float) lack them."""
     return record.get("relative_bops", record["relative_flops"])
 
 
 def plot_bops(runs: list[Run]) -> Any:
-    """Each task's first metric against relative bit operations on a logarithmic axis, a panel a task.
+    """A metric of each task against relative bit operations on a logarithmic axis, a panel a task.
 
     Float models have a line, and models whose products are rounded to int8 another. Each point tells its FLOPs.
     """
@@ -338,7 +343,8 @@ def draw_bops(panel: Any, records: list[dict[str, Any]]) -> None:
     """The evaluations of one task."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    metric = next(iter(records[0]["metrics"]))
+    records = [record | {"metrics": record["metrics"] | {"score": record["score"]}} for record in records]
+    metric = shared_metric(records)
     dense = [record for record in records if relative_bops(record) == 1]
     if dense:
         draw_dense(panel, dense[0], metric)
@@ -409,11 +415,12 @@ def draw_frontier(panel: Any, cells: list[dict[str, Any]], styles: dict[str, dic
 def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[Points]]:
     """A line for each way of training, by its label: of each of its budgets (or λ), the points of all seeds.
 
-    A point is (relative FLOPs, metric, low, high), the last two of the budget's difference from the dense model.
+    A point is (relative FLOPs, metric, low, high), the last two of the budget's difference from the dense model. They
+    are nan where that difference is not of all these seeds: they were trained by several calls.
     """
     cells = sorted(cells, key=lambda cell: [*METHOD_NAMES].index(cell["method"]))
     mixed = len({cell["distilled"] for cell in cells}) > 1
-    lines: dict[str, dict[Any, Points]] = {}
+    lines: dict[str, dict[Any, list[tuple[float, ...]]]] = {}
     for cell in cells:
         label = METHOD_NAMES[cell["method"]] + (", not distilled" if mixed and not cell["distilled"] else "")
         for name, sign in LINE_SETTINGS.items():
@@ -423,8 +430,14 @@ def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[P
         points = lines.setdefault(label, {}).setdefault(budget, [])
         difference = cell.get("difference", {})
         interval = (difference.get(end, math.nan) for end in ("low", "high"))
-        points.append((cell["relative_flops"], cell["metrics"][metric], *interval))
-    return {label: list(groups.values()) for label, groups in lines.items()}
+        points.append((cell["relative_flops"], cell["metrics"][metric], *interval, difference.get("seeds", 1)))
+    return {label: [of_same_seeds(points) for points in groups.values()] for label, groups in lines.items()}
+
+
+def of_same_seeds(points: list[tuple[float, ...]]) -> Points:
+    """Points without their last number, of how many seeds the interval is: it goes, too, if they are not so many."""
+    whole = all(seeds == len(points) for *_, seeds in points)
+    return [(x, y, *((low, high) if whole else (math.nan, math.nan))) for x, y, low, high, _ in points]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

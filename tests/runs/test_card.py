@@ -107,11 +107,11 @@ def test_measured_speed_is_added_and_replaced(soft, tmp_path):
     text = (folder / "README.md").read_text()
     assert "relative BOPs |\n" in text and "| 3 | int8.onnx | 91.0 | 250.00 | 2.00x | 2.50x | 0.025 |\n" in text
     (folder / "README.md").write_text("mine")
-    with pytest.raises(InputError, match="is not a card that training wrote"):
+    with pytest.raises(InputError, match="has no README.md that training wrote"):
         add_speed(folder, measured(2))
     assert (folder / "README.md").read_text() == "mine"
     (folder / "README.md").unlink()
-    with pytest.raises(InputError, match="is not a card that training wrote"):
+    with pytest.raises(InputError, match="has no README.md that training wrote"):
         check_card(folder)
 
 

@@ -36,7 +36,7 @@ START += (
     "pruning",
     "settings",
 )
-START += ("examples", "precision", "steps", "thresholds", "processes", "device", "torch", "machine")
+START += ("examples", "unlabelled", "precision", "steps", "thresholds", "processes", "device", "torch", "machine")
 EVALUATION = ("event", "step", "epoch", "train_loss", "metrics", "score", "loss", "examples", "gflops", "dense_gflops")
 EVALUATION += (
     "relative_flops",
@@ -205,7 +205,7 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     with pytest.raises(InputError, match="started with a model of other content, --restore a; give it the same again"):
         check_same_run(log, header() | {"content": content | {"restore": "3"}})
     log.write_text('{"event": "sta')
-    with pytest.raises(InputError, match="damaged; remove it, or pass --overwrite, to start again"):
+    with pytest.raises(InputError, match="damaged; pass --overwrite to start again, or choose another"):
         check_same_run(log, header())
 
 

@@ -143,10 +143,28 @@ def test_a_damaged_state_is_passed_over(demo, start, straight, tmp_path):
 
     for path in (other / STATES).glob("step-*.pt"):
         path.write_bytes(path.read_bytes()[:1000])
-    lines = []
-    train(demo, start, other, show=lines.append)
-    assert "no earlier run to go on with: starting from the beginning" in lines
-    same(other, straight)
+    weights = (other / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="holds a trained checkpoint, and no whole state in resume/"):
+        train(demo, start, other)
+    shutil.rmtree(other / STATES)
+    with pytest.raises(InputError, match="holds a trained checkpoint, and no whole state in resume/"):
+        train(demo, start, other)
+    assert (other / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("line", ["garbage", "[]", '{"event": "evaluation"}'])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_damaged_log_costs_no_checkpoint(demo, start, straight, tmp_path, ended, line):
+    if ended:
+        shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    else:
+        stopped(demo, start, tmp_path, 8)
+    first, _, *others = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join([first, line, *others]) + "\n")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="log.jsonl: damaged; pass --overwrite to start again, or choose another"):
+        train(demo, start, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
 
 
 def test_states_without_a_log_are_not_gone_on_with(demo, start, straight, tmp_path):

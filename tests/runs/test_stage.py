@@ -154,6 +154,11 @@ def test_regression(demo, tmp_path):
     assert len(load_config(tmp_path / "out").labels) == 1
     evaluation = evaluate_checkpoint(tmp_path / "out", source, Process())[0]
     assert evaluation.metrics == pytest.approx(result.best["metrics"], abs=1e-4)
+    classes = Source(own_task(None, None, None, regression=False), tmp_path)
+    with pytest.raises(InputError, match="gives a score, and your own data would have classes; pass --regression"):
+        evaluate_checkpoint(tmp_path / "out", classes, Process())
+    with pytest.raises(InputError, match="gives a score, and your own data would have classes; pass --regression"):
+        stage(classes, "soft", tmp_path / "out", tmp_path / "soft")
 
 
 # ---- heads that answer for each token ----
@@ -317,6 +322,12 @@ def test_a_checkpoint_that_reads_dropped_tokens_can_be_taken_without_its_map(sou
     stage(source, "soft", finetuned, reading, PruningOptions(read_dropped=True), epochs=0.1)
     stage(source, "manual", reading, not_reading, PruningOptions(read_dropped=False), epochs=0.1)
     assert not load_config(not_reading).read_dropped and not hasattr(load_model(not_reading).model.head, "dropped")
+
+
+def test_a_tagger_made_of_such_a_classifier_does_not(tags, finetuned, source, tmp_path):
+    stage(source, "manual", finetuned, tmp_path / "reading", PruningOptions(read_dropped=True), epochs=0.1)
+    stage(tags.source, "finetune", tmp_path / "reading", tmp_path / "tags", epochs=0.1)
+    assert not load_config(tmp_path / "tags").read_dropped
 
 
 def test_towards_a_budget_a_head_for_each_token_stays_as_it_is(tags, tmp_path):

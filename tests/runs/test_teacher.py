@@ -140,6 +140,7 @@ def test_texts_without_labels_are_learned_as_the_teacher_answers_them(source, fi
         "160 training examples" in line and "10 of them without" in line for line in shown
     )
     assert read_records(run)[0]["distill_data"] == str(texts)
+    assert "150 training and 41 evaluation examples; 10 more texts without labels" in (run / "README.md").read_text()
 
 
 def soft_of(finetuned, folder):

@@ -120,6 +120,18 @@ def test_onnx_answers_as_the_model(head, changes, prune_mode, tmp_path):
     assert (dropped > 0) == (prune_mode is not None)
 
 
+def test_halves_of_tokens_are_rounded_as_in_the_model(tmp_path):
+    """Top-k keeps round(n · rate) tokens, halves to even: rates in float32 would round others."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = a_model("sequence", "topk", keep_rates=[0.9, 0.7, 0.3, 0.1, 0.1])
+    export_model(model, tmp_path / "m.onnx")
+    graph = OnnxModel(model.config, tmp_path / "m.onnx", [0, 1, 2])
+    for n in range(1, model.config.max_tokens + 1):
+        batch = a_batch([[5] * n])
+        assert graph(batch).kept.tolist() == model(batch).kept.tolist()
+
+
 def test_a_large_model_is_one_file(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)  # of bytes

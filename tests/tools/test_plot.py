@@ -177,6 +177,14 @@ def test_bit_operations_need_no_dense_model():
     assert [line.get_label() for line in panel.lines] == ["int8"]
 
 
+def test_bit_operations_of_models_with_different_metrics_are_of_their_scores():
+    runs = [evaluation(1.0, 1.0, 0.8, task="custom"), evaluation(0.5, 0.04, 0.77, task="custom")]
+    runs[0].best["metrics"] = {"f1": 0.9}
+    runs[0].best["score"] = 0.6
+    (panel,) = plot_bops(runs).axes
+    assert panel.get_ylabel() == "score" and panel.lines[0].get_ydata()[0] == 0.6
+
+
 def test_the_readmes_figure_is_drawn_from_its_records():
     records = read_runs(sorted((ROOT / "benchmarks" / "results" / "bops").glob("*.json")))
     assert natural_kind(records) == "bops"
@@ -205,6 +213,8 @@ def test_bars_are_the_intervals_of_the_differences_from_the_dense_model():
     cells = [cell("dense", 1.0, 0.8), cell("ltp", 0.5, 0.79), cell("manual", 0.5, 0.78), cell("topk", 0.6, 0.1)]
     cells[1]["difference"] = {"low": -0.03, "high": 0.01}
     cells[3]["difference"] = {"low": -0.8, "high": -0.6}  # all of it far below
+    cells += [cell("manual", 0.7, 0.78, seed=seed) for seed in (1, 2)]  # of two calls, each with its own interval
+    cells[4]["difference"] = cells[5]["difference"] = {"low": -0.01, "high": 0.01, "seeds": 1}
     panel = plot_frontier([Run("task", [], None, cells=cells)]).axes[0]
     (bar,) = [c for c in panel.collections if len(c.get_segments())]
     assert bar.get_segments()[0].tolist() == [[0.5, pytest.approx(0.77)], [0.5, pytest.approx(0.81)]]

@@ -317,6 +317,8 @@ def test_what_a_file_cannot_do_is_refused(exported, demo, tmp_path):
         (("export", "--restore", exported, "--output", tmp_path / "m.onnx"), "is exported already"),
         (("eval", "--restore", exported, *data, "--tagging"), f"{exported}: classifies texts"),
         (("eval", "--restore", exported, *data, "--regression"), f"{exported}: has 2 outputs"),
+        (("eval", "--restore", exported, *data, "--precision", "bf16"), "computes as it was exported"),
+        (("bench", "--restore", exported, *data, "--precision", "bf16"), "computes as it was exported"),
         (("predict", "--restore", exported, "a", "--max-length", 999), f"{exported} has positions for 128 tokens"),
     ):
         assert message in refused(*arguments)
@@ -333,4 +335,4 @@ def test_bench_times_files_alone_and_beside_a_checkpoint(hard, exported, demo, t
         assert "rel. BOPs" in result.stdout and all(name in result.stdout for name in names)
     absent = run("bench", "--restore", hard, "--lengths", 9, "--beside", tmp_path / "absent.onnx", code=2)
     assert "does not exist" in absent.stderr
-    assert "is not a card that training wrote" in refused("bench", "--restore", exported, "--lengths", 9, "--card")
+    assert f"{exported} has no README.md" in refused("bench", "--restore", exported, "--lengths", 9, "--card")
