@@ -92,7 +92,6 @@ def test_glue_layouts(tmp_path, byte_level):
         labels("CoLA", "train")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the GLUE files are not beside this checkout")
 def test_texts_without_labels_are_read_as_glues_files_are(tmp_path, byte_level):
     write(tmp_path, more="index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n1\tc\n2\td\te\t0\n")
     more = find_task("RTE").load_unlabelled(tmp_path / "more.tsv", byte_level, 32)
@@ -102,6 +101,7 @@ def test_texts_without_labels_are_read_as_glues_files_are(tmp_path, byte_level):
         find_task("CoLA").load_unlabelled(tmp_path / "test.tsv", byte_level, 32)
 
 
+@pytest.mark.skipif(not DATA.is_dir(), reason="the GLUE files are not beside this checkout")
 def test_real_glue_files(byte_level):
     counts = {"MRPC": (408, 2), "RTE": (277, 2), "STS-B": (1500, 0), "SST-2": (872, 2)}
     for name, (dev, classes) in counts.items():

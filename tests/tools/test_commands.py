@@ -142,7 +142,7 @@ def test_bench_adds_to_the_card(runs, tmp_path):
     run(*bench, "--bs", 2, "--card")
     assert (folder / "README.md").read_text().count("## Measured speed") == 1
     (folder / "README.md").write_text("mine")
-    assert "is not a card that training wrote" in refused(*bench, "--card")
+    assert "has no README.md that training wrote" in refused(*bench, "--card")
     assert (folder / "README.md").read_text() == "mine"
 
 
