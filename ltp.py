@@ -284,10 +284,11 @@ def bench(**options: Any) -> None:
     """
     if bool(options["lengths"]) == bool(options["task"] or options["data"]):
         raise click.UsageError("pass --task or --data, or else --lengths")
-    of_texts = ("max_seq_length", "dev_data", "text_column", "pair_column", "label_column", "regression", "tagging")
-    for name in of_texts if options["lengths"] else ():
-        if options[name]:
-            flag = f"--{hyphens(name)}".replace("-seq", "")
+    of_texts = {"--max-length": "max_seq_length"}
+    of_texts |= {f"--{hyphens(name)}": name for name in ("dev_data", "text_column", "pair_column", "label_column")}
+    of_texts |= {"--regression": "regression", "--tagging": "tagging"}
+    for flag, name in of_texts.items():
+        if options["lengths"] and options[name]:
             raise click.UsageError(f"--lengths times random tokens, and {flag} is for texts; pass one of them")
     lengths = [int(part) if part.strip().isdecimal() else 0 for part in (options["lengths"] or "1").split(",")]
     if min(lengths) < 1:

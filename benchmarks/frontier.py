@@ -470,11 +470,11 @@ def compare(
     show(*["---"] * (5 + len(against)))
     show("floor", "", " / ".join(f"{100 * value:.1f}" for value in metrics.values()), *[""] * (2 + len(against)))
     for name, records in cells.items():
-        seeds_of = ranges([number for number, seed in seeds.items() if name in seed])
+        numbers = ranges([number for number, seed in seeds.items() if name in seed])
         scores = " / ".join(f"{100 * np.mean([record['metrics'][key] for record in records]):.1f}" for key in metrics)
         flops = np.mean([record["relative_flops"] for record in records])
         faster = ", ".join(f"{value:.2f}x" for value in speeds.get(name, {}).values())
-        show(name, seeds_of, scores, f"{flops:.3f}", faster, *(difference(name, method) for method in against))
+        show(name, numbers, scores, f"{flops:.3f}", faster, *(difference(name, method) for method in against))
 
 
 @main.command()

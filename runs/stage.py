@@ -144,7 +144,7 @@ def make_plan(request: StageRequest) -> Plan:
     length = choose_length(request, config, notes)
     max_length = length_limit(config, restore, length)
     changes |= {"head": task.head} | ({"max_seq_length": length} if length else {})
-    changes |= {} if task.head == "sequence" else {"read_dropped": False}  # of the classifier that this model was
+    changes |= {} if task.head == "sequence" else {"read_dropped": False}  # a classifier's map goes with its head
     tokenizer = Tokenizer(restore)
     check_settings(request.settings)
     output = request.output

@@ -286,9 +286,9 @@ def speed_file(row: dict[str, Any]) -> Path:
 
 
 def speedups(row: dict[str, Any], measure: Measure | None, show: Show) -> dict[str, float]:
-    """The speed-up of a row's model by batch size, measured now, or read from speed.json beside the model.
+    """The speed-up of a row's model by batch size, read from speed.json beside the model, or measured now.
 
-    Raises: InputError for a damaged file.
+    measure: may be None where there is a speed.json. Raises: InputError for a damaged file.
     """
     file = speed_file(row)
     if not file.is_file():

@@ -435,7 +435,10 @@ def frontier_lines(cells: list[dict[str, Any]], metric: str) -> dict[str, list[P
 
 
 def of_same_seeds(points: list[tuple[float, ...]]) -> Points:
-    """Points without their last number, of how many seeds the interval is: it goes, too, if they are not so many."""
+    """The points of a budget, without their last number: how many seeds the interval is of.
+
+    The interval becomes nan where the budget has more or fewer seeds.
+    """
     whole = all(seeds == len(points) for *_, seeds in points)
     return [(x, y, *((low, high) if whole else (math.nan, math.nan))) for x, y, low, high, _ in points]
 
