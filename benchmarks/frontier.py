@@ -127,6 +127,8 @@ METHODS = {  # their titles in the figure. Those in -read and -more that prune r
     "ltp-length": "LTP, --score-norm length",
     "frozen": "LTP, thresholds not learned",
     "frozen-read": "LTP, --read-dropped, thresholds not learned",
+    "restarted": "LTP's start, not learned, two stages of hard",
+    "restarted-read": "LTP's start, --read-dropped, two stages of hard",
     "fixed": "LTP's start, not learned",
     "fixed-read": "LTP's start, --read-dropped",
     "fixed-more": "LTP's start, --read-dropped, --distill-data",
@@ -162,18 +164,23 @@ def pruned(
     if kind == "manual":
         set_thresholds(bench, model, threshold_ladder(0.01, len(model.layers)), target)
         return bench.train(model, "manual", target_flops=target, epochs=bench.epochs), None
-    return learned(bench, model, target, 0 if kind == "fixed" else soft_epochs, learn=kind == "ltp"), None
+    return learned(bench, model, target, soft_epochs, kind), None
 
 
-def learned(bench: Bench, model: Model, target: float, soft_epochs: float, learn: bool = True) -> Model:
-    """LTP, from a dense model. With 0 epochs of `soft`, its starting thresholds stay as they are.
+def learned(bench: Bench, model: Model, target: float, soft_epochs: float, kind: str = "ltp") -> Model:
+    """LTP, from a dense model, or what lacks a part of it.
 
-    learn: whether `soft` learns the thresholds; it learns the weights in any case.
+    kind: `ltp`; `frozen` learns the weights alone in `soft`; `restarted` has `hard` in place of `soft`, and so both
+    cycles of the learning rate; `fixed` has one stage, `hard`. In all but `ltp` the thresholds keep their ratios.
     """
     set_thresholds(bench, model, starting_thresholds(len(model.layers), target), target)
-    if soft_epochs:
-        soft = usual_settings("soft", target, model.config) | {"epochs": soft_epochs}
-        bench.train(model, "soft", target_flops=target, **(soft if learn else soft | {"threshold_learning_rate": 0.0}))
+    if kind == "fixed":
+        return bench.train(model, "hard", target_flops=target, epochs=bench.epochs)
+    if kind == "restarted":
+        bench.train(model, "hard", target_flops=target, epochs=soft_epochs)
+    else:
+        soft = usual_settings("soft", target, model.config) | {"target_flops": target, "epochs": soft_epochs}
+        bench.train(model, "soft", **(soft | {"threshold_learning_rate": 0.0} if kind == "frozen" else soft))
     return bench.train(model, "hard", target_flops=target, epochs=bench.epochs - soft_epochs)
 
 

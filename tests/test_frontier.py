@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import frontier  # noqa: E402
 
-CELLS = ["dense", "ltp-0.5-0.5", "topk-0.5", "random-0.5", "shallow-1+2"]
+CELLS = ["dense", "ltp-0.5-0.5", "topk-0.5", "random-0.5", "restarted-0.5", "frozen-0.5", "shallow-1+2"]
 
 
 def run(*words: object) -> list[str]:
@@ -28,7 +28,7 @@ def trained(demo, tmp_path_factory):
     data = ["--data", demo / "data", "--restore", demo / "model"]
     short = ["--lr", 1e-3, "--target-flops", 0.5, "--dense-epochs", 1, "--epochs", 1, "--soft-epochs", 0.5]
     train = ["train", *data, *short, "--output", folder]
-    for method in ("ltp", "topk", "random", "shallow"):
+    for method in ("ltp", "topk", "random", "restarted", "frozen", "shallow"):
         run(*train, "--seed", 3, "--keep-models", "--layers", "1+2", "--method", method)
     run(*train, "--seed", 4, "--method", "ltp", "--method", "longer")
     assert run(*train, "--seed", 3, "--method", "ltp", "--method", "random") == []  # nothing is trained twice
@@ -46,6 +46,15 @@ def test_the_methods_cost_what_they_are_compared_at(trained):
     assert records["ltp-0.5-0.5"]["relative_flops"] == pytest.approx(0.5, abs=0.03)
     assert records["random-0.5"]["kept"] == records["topk-0.5"]["kept"]
     assert records["topk-0.5"]["kept"] == pytest.approx(records["ltp-0.5-0.5"]["kept"], abs=0.05)
+
+
+def test_only_ltp_changes_the_ratios_of_the_thresholds(trained):
+    records = records_of(trained[1][0])
+    ratios = {name: [t / record["thresholds"][0] for t in record["thresholds"]] for name, record in records.items()}
+    assert ratios["restarted-0.5"] == pytest.approx(ratios["frozen-0.5"], rel=1e-4)
+    assert ratios["ltp-0.5-0.5"] != pytest.approx(ratios["frozen-0.5"], rel=1e-4)
+    restarted, frozen = records["restarted-0.5"], records["frozen-0.5"]
+    assert restarted["relative_flops"] != frozen["relative_flops"]  # soft masks gave weights that choose other tokens
 
 
 def test_speeds_of_models_that_are_gone_stay(trained):
