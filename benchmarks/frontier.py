@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -140,6 +141,7 @@ METHODS = {  # their titles in the figure. Those in -read and -more that prune r
     "shallow": "fewer layers",
     "shallow-more": "fewer layers, --distill-data",
     "shallow-ltp": "fewer layers, with LTP",
+    "shallow-ltp-more": "fewer layers, with LTP, --read-dropped, --distill-data",
     "longer": "dense, trained as long",
     "longer-more": "dense, trained as long, --distill-data",
 }
@@ -190,9 +192,12 @@ def set_thresholds(bench: Bench, model: Model, thresholds: Tensor, target: float
     scale_thresholds(model, bench.train_set, target, process=bench.process)
 
 
-def shallow(bench: Bench, names: str) -> Model:
-    """A model of some of the dense model's layers, by their numbers from 1. It is not trained yet."""
-    whole = bench.student()
+def shallow(bench: Bench, names: str, **changes: Any) -> Model:
+    """A model of some of the dense model's layers, by their numbers from 1. It is not trained yet.
+
+    changes: of its configuration.
+    """
+    whole = bench.student(**changes)
     layers = [whole.layers[int(name) - 1] for name in names.split("+")]
     model = Model(replace(whole.config, num_hidden_layers=len(layers)))
     model.embeddings, model.head, model.layers = whole.embeddings, whole.head, torch.nn.ModuleList(layers)
@@ -214,13 +219,13 @@ def cells(
             for names in layers:
                 name, model = {"method": method, "layers": names}, shallow(bench, names)
                 yield name, lambda: (own.train(model, "finetune", epochs=bench.epochs), None)
-        if method == "shallow-ltp":
+        if method in ("shallow-ltp", "shallow-ltp-more"):
             for names, target, count in itertools.product(layers, budgets, soft_epochs):
-                model = shallow(bench, names)
+                model = shallow(bench, names, read_dropped=method == "shallow-ltp-more")
                 of_rest = target * len(bench.student().layers) / len(model.layers)
                 if of_rest < 1:
                     name = {"method": method, "layers": names, "target": target, "soft_epochs": count}
-                    yield name, lambda: (learned(bench, model, of_rest, count), None)
+                    yield name, lambda: (learned(own, model, of_rest, count), None)
         if method in ("longer", "longer-more"):
             yield {"method": method}, lambda: (own.train(bench.student(), "finetune", epochs=bench.epochs), None)
 
@@ -493,7 +498,8 @@ def draw(output: Path, files: tuple[Path, ...], methods: tuple[str, ...]) -> Non
     tasks: dict[str, list[dict[str, Any]]] = {}
     for file in files:
         tasks.setdefault(file.stem.rsplit("-", 1)[0], []).extend(read_records(file))
-    figure, panels = new_figure(1, len(tasks), 4.2)
+    rows = 1 if len(tasks) < 4 else 2
+    figure, panels = new_figure(rows, math.ceil(len(tasks) / rows), width=4.2, height=3.4)
     for panel, (task, records) in zip(panels, tasks.items()):
         metric = next(iter(records[0]["metrics"]))
         dense = [record for record in records if record["method"] == "dense"]

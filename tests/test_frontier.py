@@ -31,6 +31,8 @@ def trained(demo, tmp_path_factory):
     for method in ("ltp", "topk", "random", "restarted", "frozen", "shallow"):
         run(*train, "--seed", 3, "--keep-models", "--layers", "1+2", "--method", method)
     run(*train, "--seed", 4, "--method", "ltp", "--method", "longer")
+    more = ["--layers", "1+2+3", "--method", "shallow-ltp-more", "--distill-data", demo / "data" / "train.jsonl"]
+    run(*train, "--seed", 4, *more)
     assert run(*train, "--seed", 3, "--method", "ltp", "--method", "random") == []  # nothing is trained twice
     return data, [folder / f"data-{seed}.jsonl" for seed in (3, 4)]
 
@@ -46,6 +48,8 @@ def test_the_methods_cost_what_they_are_compared_at(trained):
     assert records["ltp-0.5-0.5"]["relative_flops"] == pytest.approx(0.5, abs=0.03)
     assert records["random-0.5"]["kept"] == records["topk-0.5"]["kept"]
     assert records["topk-0.5"]["kept"] == pytest.approx(records["ltp-0.5-0.5"]["kept"], abs=0.05)
+    fewer = records_of(trained[1][1])["shallow-ltp-more-1+2+3-0.5-0.5"]
+    assert fewer["relative_flops"] == pytest.approx(0.5, abs=0.03) and len(fewer["kept"]) == 3
 
 
 def test_only_ltp_changes_the_ratios_of_the_thresholds(trained):
