@@ -313,7 +313,14 @@ def find_source(task: str | None, data: Path) -> Source:
 @click.option("--lr", "learning_rate", default=1e-4, show_default=True)
 @click.option("--dense-epochs", default=3.0, show_default=True, help="Of the dense model, where all methods start.")
 @click.option("--epochs", default=4.0, show_default=True, help="Of every method, after those.")
-@click.option("--soft-epochs", default=[2.0], multiple=True, show_default=True, help="Those of LTP in `soft`.")
+@click.option(
+    "--soft-epochs",
+    type=click.FloatRange(0, min_open=True),
+    default=[2.0],
+    multiple=True,
+    show_default=True,
+    help="Those of LTP in `soft`.",
+)
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=TRAINED, show_default=True)
 @click.option("--distill-data", type=click.Path(exists=True, path_type=Path), help="Texts without labels, for -more.")
 @click.option("--target-flops", "budgets", multiple=True, default=list(BUDGETS), show_default=True)
